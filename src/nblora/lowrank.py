@@ -1,0 +1,98 @@
+"""A matrix kept as the product of two thin factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ThinSVD(NamedTuple):
+    """u (..., m, k), sigma (..., k) in descending order, v (..., n, k)."""
+
+    u: Tensor
+    sigma: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrix left @ right, of rank at most k.
+
+    Attributes:
+        left: (..., m, k).
+        right: (..., k, n).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __post_init__(self) -> None:
+        left, right = tuple(self.left.shape), tuple(self.right.shape)
+        if len(left) < 2 or len(right) < 2 or left[-1] != right[-2] or left[:-2] != right[:-2]:
+            raise ValueError(
+                "left and right must be (..., m, k) and (..., k, n) with the same k and leading axes, "
+                f"got left.shape={left} and right.shape={right}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(..., m, n)."""
+        return (*self.left.shape[:-1], self.right.shape[-1])
+
+    @property
+    def rank(self) -> int:
+        """k, the number of columns of `left`; the rank of the matrix is at most this."""
+        return self.left.shape[-1]
+
+    def dense(self) -> Tensor:
+        """(..., m, n)."""
+        return self.left @ self.right
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Map x (..., n) to (..., m) through the two thin products, in the dtype of x.
+
+        Factors are cast to the dtype of x, so that a half-precision model pays half-precision
+        products. Only for factors without leading axes.
+        """
+        hidden = torch.nn.functional.linear(x, self.right.to(x.dtype))
+        return torch.nn.functional.linear(hidden, self.left.to(x.dtype))
+
+    def to(self, *args: torch.dtype | torch.device | str) -> LowRank:
+        return LowRank(self.left.to(*args), self.right.to(*args))
+
+    def detach(self) -> LowRank:
+        return LowRank(self.left.detach(), self.right.detach())
+
+    def svd(self) -> ThinSVD:
+        """Singular value decomposition through two thin QRs and one small SVD.
+
+        The (m, n) product is never formed; u and v have orthonormal columns also where the matrix
+        has a lower rank. k here is min(rank, m, n). Source: MATH.md §5.
+        """
+        q_left, r_left = torch.linalg.qr(self.left)
+        q_right, r_right = torch.linalg.qr(self.right.mT)
+        u, sigma, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+        return ThinSVD(q_left @ u, sigma, q_right @ vh.mT)
+
+    @torch.no_grad()
+    def singular_values(self) -> Tensor:
+        """(..., min(rank, m, n)) in descending order, measured in float64 on the CPU.
+
+        Not finite where a factor is not: NaN is never measured as a number.
+        """
+        exact = self.detach().to("cpu", torch.float64)
+        finite = exact.left.isfinite().all((-2, -1)) & exact.right.isfinite().all((-2, -1))
+        safe = LowRank(
+            torch.where(finite[..., None, None], exact.left, 0.0),
+            torch.where(finite[..., None, None], exact.right, 0.0),
+        )
+        return torch.where(finite[..., None], safe.svd().sigma, torch.nan)
+
+    @staticmethod
+    def from_dense(matrix: Tensor) -> LowRank:
+        """Exact factors of a dense (..., m, n) matrix, of rank min(m, n)."""
+        u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return LowRank(u * sigma[..., None, :], vh)

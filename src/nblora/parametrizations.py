@@ -1,0 +1,285 @@
+"""From free parameters to bounded low-rank updates and back (MATH.md §2, §3, §5).
+
+`FreeParameters` are what an optimizer moves, without constraints. `bounded_update` maps them to a
+`LowRank` update whose j-th singular value is at most the j-th largest bound, whatever they are.
+Everything is pure, differentiable and batched over leading axes.
+
+Letters: the update is (m, n), m = out_features and n = in_features; k = min(r, m, n) is the effective
+rank. "out" is the paper's A and acts on outputs, "in" is the paper's B and acts on inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nblora.bounds import Norm
+from nblora.cayley import inverse_tall_cayley, random_frame, tall_cayley
+from nblora.lowrank import LowRank
+
+Parametrization = Literal["joint", "svd"]
+
+
+@dataclass(frozen=True)
+class FreeParameters:
+    """Unconstrained parameters of one update (or, with leading axes, of several).
+
+    Attributes:
+        out: (..., k, m) output side.
+        into: (..., k, n) input side.
+        angle: (..., k) in the svd parametrization, else None.
+        logits: (..., k) where the norm has learnable bounds, else None.
+    """
+
+    out: Tensor
+    into: Tensor
+    angle: Tensor | None = None
+    logits: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """k, the effective rank."""
+        return self.out.shape[-2]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> FreeParameters:
+        """The parameters with `function` applied to each tensor that is there."""
+        return FreeParameters(
+            function(self.out),
+            function(self.into),
+            None if self.angle is None else function(self.angle),
+            None if self.logits is None else function(self.logits),
+        )
+
+
+def effective_rank(r: int, m: int, n: int) -> int:
+    """min(r, m, n): a larger rank adds nothing, since the update has no more singular values."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r must be an integer >= 1, got r={r!r}")
+    return min(r, m, n)
+
+
+def bounded_update(
+    free: FreeParameters,
+    *,
+    norm: Norm,
+    radius: Tensor,
+    parametrization: Parametrization,
+    temperature: float = 1.0,
+) -> LowRank:
+    """The update that free parameters stand for.
+
+    Half-precision parameters are computed with in float32; the result is float32 or float64.
+
+    Args:
+        free: any real values.
+        norm: whose ball the update stays in.
+        radius: (...,) of that ball, >= 0.
+        parametrization: "joint" (MATH.md §2) or "svd" (§3).
+        temperature: of the learnable bounds, > 0.
+
+    Returns:
+        left (..., m, k) and right (..., k, n) with sigma_j(left @ right) <= s_[j] and norm <= radius,
+        in the parameters' precision.
+    """
+    if free.out.dtype != torch.float64:
+        free = free.map(Tensor.float)
+    scales = norm.scales(free.logits, radius.to(free.out), free.rank, temperature)
+    if parametrization == "joint":
+        n = free.into.shape[-1]
+        columns = tall_cayley(torch.cat([free.into, free.out], dim=-1).mT)  # (..., n + m, k)
+        b, a = columns[..., :n, :].mT, columns[..., n:, :]  # B (..., k, n), A^T (..., m, k)
+        return LowRank(2 * a * scales[..., None, :], b)
+    if parametrization == "svd":
+        if free.angle is None:
+            raise ValueError("the svd parametrization needs angles, got angle=None")
+        u, v = tall_cayley(free.out.mT), tall_cayley(free.into.mT)
+        return LowRank(u * (scales * free.angle.sin())[..., None, :], v.mT)
+    raise _unknown(parametrization)
+
+
+def zero_start(
+    m: int,
+    n: int,
+    r: int,
+    *,
+    norm: Norm,
+    parametrization: Parametrization,
+    batch_shape: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> FreeParameters:
+    """Free parameters whose update is exactly zero and whose gradient is not.
+
+    The input side (and in the svd parametrization the output side) starts at a uniformly random
+    orthonormal frame, so that every direction can be reached. The update stays exactly zero under
+    weight decay. MATH.md §2, "Zero start".
+    """
+    k = effective_rank(r, m, n)
+    ratio = torch.zeros(*batch_shape, k, dtype=dtype, device=device)
+    free = _random(m, n, ratio, norm, parametrization, generator)
+    if parametrization == "joint":
+        free = replace(free, out=torch.zeros_like(free.out))
+    return free
+
+
+def random_start(
+    m: int,
+    n: int,
+    r: int,
+    *,
+    norm: Norm,
+    parametrization: Parametrization,
+    batch_shape: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> FreeParameters:
+    """Free parameters of a random update strictly inside the ball: sigma_j / s_j uniform in [0.1, 0.9)."""
+    k = effective_rank(r, m, n)
+    uniform = torch.rand(*batch_shape, k, dtype=dtype, device=device, generator=generator)
+    return _random(m, n, 0.1 + 0.8 * uniform, norm, parametrization, generator)
+
+
+def pull_back(
+    update: LowRank,
+    r: int,
+    *,
+    norm: Norm,
+    radius: Tensor,
+    parametrization: Parametrization,
+    temperature: float = 1.0,
+) -> FreeParameters:
+    """Right inverse of `bounded_update`: free parameters of a given update inside the ball.
+
+    Args:
+        update: (..., m, n); its own rank may be smaller or larger than r.
+        r: rank of the parametrization.
+        norm, radius, parametrization, temperature: as in `bounded_update`.
+
+    Raises:
+        ValueError: if the update is outside the ball (project its spectrum first), not finite, or
+            has more than r singular values above rounding.
+    """
+    m, n = update.shape[-2:]
+    k = effective_rank(r, m, n)
+    u, sigma, v = _padded(update, k).svd()
+    radius = radius.to(sigma)
+    slack = 100 * max(m, n) * torch.finfo(sigma.dtype).eps
+    if not bool(sigma.isfinite().all()):
+        raise ValueError("the update must be finite, got NaN or infinity")
+    largest = sigma[..., 0]
+    if sigma.shape[-1] > k and bool((sigma[..., k] > slack * largest).any()):
+        raise ValueError(
+            f"the update must have rank at most {k}, got a singular value number {k + 1} of "
+            f"{(sigma[..., k] / largest).max().item():.3g} times the largest"
+        )
+    u, sigma, v = u[..., :k], sigma[..., :k], v[..., :k]
+    value = norm.value(sigma)
+    if not bool((value <= radius * (1 + slack)).all()):
+        raise ValueError(
+            f"the {norm.name} norm of the update must be at most radius={radius.max().item():.6g}, "
+            f"got {value.max().item():.6g}"
+        )
+    logits = norm.logits_containing(sigma, radius, temperature)
+    scales = norm.scales(logits, radius, k, temperature)
+    ratio = torch.where(scales > 0, sigma / scales, torch.zeros_like(sigma)).clamp(max=1)
+    return replace(_from_frames(u, ratio, v, parametrization), logits=logits)
+
+
+_FAR = 50.0
+
+
+@torch.no_grad()
+def has_run_away(
+    free: FreeParameters, *, norm: Norm, parametrization: Parametrization, temperature: float = 1.0
+) -> Tensor:
+    """Whether free parameters (...,) are so large that the update hardly moves any more.
+
+    Frames that `zero_start`, `random_start` and `pull_back` make, and those of healthy training, have
+    rows of norm about 1. Optimizer steps far too large let the rows grow without end; the Cayley
+    transform then barely reacts, and in the joint parametrization the update shrinks to zero. True
+    where the typical row of the larger side is beyond 50 and, in the joint parametrization, the
+    update is below 10 % of its bound.
+    """
+    if free.out.dtype != torch.float64:
+        free = free.map(Tensor.float)
+    rows = torch.stack([free.out.norm(dim=-1), free.into.norm(dim=-1)])  # (2, ..., k)
+    far = rows.median(-1).values.amax(0) > _FAR
+    if parametrization == "svd":
+        return far
+    one = torch.ones(far.shape, dtype=free.out.dtype, device=free.out.device)
+    update = bounded_update(
+        free, norm=norm, radius=one, parametrization=parametrization, temperature=temperature
+    )
+    bounds = norm.scales(free.logits, one, free.rank, temperature)
+    # ||left right||_F <= ||left||_F, since ||right||_2 <= 1: no decomposition needed
+    return far & (torch.linalg.matrix_norm(update.left) < 0.1 * torch.linalg.vector_norm(bounds, dim=-1))
+
+
+def _random(
+    m: int,
+    n: int,
+    ratio: Tensor,
+    norm: Norm,
+    parametrization: Parametrization,
+    generator: torch.Generator | None,
+) -> FreeParameters:
+    """Free parameters with random frames and the given sigma_j / s_j (..., k)."""
+    *batch_shape, k = ratio.shape
+    u, v = (
+        random_frame(
+            size,
+            k,
+            batch_shape=tuple(batch_shape),
+            dtype=ratio.dtype,
+            device=ratio.device,
+            generator=generator,
+        )
+        for size in (m, n)
+    )
+    free = _from_frames(u, ratio, v, parametrization)
+    return replace(free, logits=torch.zeros_like(ratio)) if norm.learnable else free
+
+
+def _from_frames(u: Tensor, ratio: Tensor, v: Tensor, parametrization: Parametrization) -> FreeParameters:
+    """Free parameters of u diag(s * ratio) v^T for any s; u (..., m, k), v (..., n, k), 0 <= ratio <= 1."""
+    if parametrization == "joint":
+        theta = ratio.asin() / 2  # sin(2 theta) = ratio
+        # flipping the sign of a column of both sides leaves the update as it is
+        stacked = torch.cat([v * theta.cos()[..., None, :], u * theta.sin()[..., None, :]], dim=-2)
+        free, _ = inverse_tall_cayley(stacked)
+        n = v.shape[-2]
+        return FreeParameters(
+            out=free[..., n:, :].mT.contiguous(), into=free[..., :n, :].mT.contiguous()
+        )
+    if parametrization == "svd":
+        (free_u, signs_u), (free_v, signs_v) = inverse_tall_cayley(u), inverse_tall_cayley(v)
+        return FreeParameters(
+            out=free_u.mT.contiguous(),
+            into=free_v.mT.contiguous(),
+            angle=ratio.asin() * signs_u * signs_v,
+        )
+    raise _unknown(parametrization)
+
+
+def _padded(update: LowRank, k: int) -> LowRank:
+    """The same update with zero columns up to k, so that its SVD has k singular vectors."""
+    missing = k - update.rank
+    if missing <= 0:
+        return update
+    return LowRank(
+        torch.nn.functional.pad(update.left, (0, missing)),
+        torch.nn.functional.pad(update.right, (0, 0, 0, missing)),
+    )
+
+
+def _unknown(parametrization: str) -> ValueError:
+    return ValueError(
+        f'parametrization must be "joint" or "svd", got parametrization={parametrization!r}'
+    )

@@ -1,0 +1,169 @@
+"""Configuration of the NB-LoRA method for PEFT."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from nblora.bounds import parse_norm
+
+
+class NBLoraType(str, enum.Enum):
+    """Our member of PEFT's `PeftType`, which cannot be extended; PEFT and transformers read `.value`."""
+
+    NBLORA = "NBLORA"
+
+
+@dataclass
+class NBLoraConfig(PeftConfig):
+    """Configuration of norm-bounded low-rank adaptation (NB-LoRA, arXiv 2501.19050).
+
+    The update ΔW (out, in) of every adapted layer has rank at most `r`, and its norm never exceeds the
+    layer's bound, whatever the optimizer does. Updates start at exactly zero.
+
+    Args:
+        r: Rank of the updates. Where a layer has fewer inputs or outputs, their number.
+        norm: Norm that is bounded: "spectral", "frobenius", "nuclear", "ky-fan-q" (the sum of the q
+            largest singular values) or a number p >= 1 (Schatten-p).
+        bound: The bound, > 0.
+        bound_kind: "relative": `bound` times the spectral norm of the layer's base weight, whatever
+            `norm` is. "absolute": `bound` itself.
+        parametrization: "joint" (the paper's) or "svd" (singular values are explicit parameters).
+        temperature: How reluctantly learnable bounds of single singular values move, > 0. No effect
+            on the spectral norm.
+        dropout: Probability of dropping an input of the update while training.
+        init_weights: True starts at a zero update. False starts at a random one inside the ball.
+        rank_pattern: Ranks of single layers, from layer names or regular expressions.
+        bound_pattern: Bounds of single layers, from layer names or regular expressions.
+        target_modules: Layers to adapt: names, a regular expression, or "all-linear". Without it the
+            layers that PEFT's LoRA adapts by default in the same architecture.
+        exclude_modules: Layers not to adapt.
+        layers_to_transform: Indices of blocks to adapt.
+        layers_pattern: Name of the list of blocks that `layers_to_transform` counts in.
+        modules_to_save: Further modules to train fully and to save.
+        bias: "none", "all" or "nblora_only": which biases to train. Biases have no bound.
+        fan_in_fan_out: Set by the library where layers store their weight as (in, out), such as
+            transformers' Conv1D; accepted for symmetry with LoraConfig.
+
+    Raises:
+        ValueError: for any value outside its rule.
+
+    Source: MATH.md §2-§4.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the updates."})
+    norm: str | float = field(
+        default="frobenius",
+        metadata={"help": 'Norm: "spectral", "frobenius", "nuclear", "ky-fan-q" or a number p >= 1.'},
+    )
+    bound: float = field(default=0.3, metadata={"help": "Bound on the norm of every update."})
+    bound_kind: Literal["relative", "absolute"] = field(
+        default="relative",
+        metadata={"help": "Whether the bound is times the spectral norm of the layer's base weight."},
+    )
+    parametrization: Literal["joint", "svd"] = field(
+        default="joint", metadata={"help": '"joint" or "svd".'}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "How reluctantly bounds of single singular values move."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the inputs of the updates."})
+    init_weights: bool = field(
+        default=True, metadata={"help": "Start at a zero update (True) or a random one (False)."}
+    )
+    rank_pattern: dict[str, int] | None = field(
+        default_factory=dict, metadata={"help": "Ranks of single layers by name or regular expression."}
+    )
+    bound_pattern: dict[str, float] | None = field(
+        default_factory=dict, metadata={"help": "Bounds of single layers by name or regular expression."}
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": 'Layers to adapt, or "all-linear".'}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Layers not to adapt."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of blocks to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train fully and to save."}
+    )
+    bias: Literal["none", "all", "nblora_only"] = field(
+        default="none", metadata={"help": "Which biases to train."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Whether layers store (in, out) weights; set by the library."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = NBLoraType.NBLORA
+        _check_integer("r", self.r)
+        parse_norm(self.norm)
+        _check_positive("bound", self.bound)
+        _check_choice("bound_kind", self.bound_kind, ("relative", "absolute"))
+        _check_choice("parametrization", self.parametrization, ("joint", "svd"))
+        _check_positive("temperature", self.temperature)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got dropout={self.dropout!r}")
+        _check_choice("init_weights", self.init_weights, (True, False))
+        _check_choice("bias", self.bias, ("none", "all", "nblora_only"))
+        self.rank_pattern = self._checked_pattern("rank_pattern", _check_integer)
+        self.bound_pattern = self._checked_pattern("bound_pattern", _check_positive)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform needs target_modules as a list of names, "
+                f"got target_modules={self.target_modules!r}"
+            )
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError(
+                "layers_pattern needs target_modules as a list of names, "
+                f"got target_modules={self.target_modules!r}"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "layers_pattern needs layers_to_transform, the indices of the blocks, "
+                f"got layers_pattern={self.layers_pattern!r} and layers_to_transform=None"
+            )
+
+    def _checked_pattern(self, name: str, check: Any) -> dict[str, Any]:
+        pattern = getattr(self, name)
+        if pattern is None:
+            return {}
+        if not isinstance(pattern, dict):
+            raise ValueError(f"{name} must map layer names to values, got {name}={pattern!r}")
+        for key, value in pattern.items():
+            check(f"{name}[{key!r}]", value)
+        return pattern
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {name}={value!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number, positive and finite, got {name}={value!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
+        allowed = " or ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be {allowed}, got {name}={value!r}")
