@@ -12,6 +12,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,9 +38,7 @@ class Norm(ABC):
         """The norm (...,) of singular values (..., k), k >= 1, all >= 0, in any order."""
 
     @abstractmethod
-    def scales(
-        self, logits: Tensor | None, radius: Tensor, rank: int, temperature: float = 1.0
-    ) -> Tensor:
+    def scales(self, logits: Tensor | None, radius: Tensor, rank: int, temperature: float = 1.0) -> Tensor:
         """Explicit bounds s (..., rank) with value(s) <= radius (...,).
 
         Args:
@@ -53,9 +52,7 @@ class Norm(ABC):
     def project(self, spectrum: Tensor, radius: Tensor) -> Tensor:
         """The nearest spectrum (..., k), in Euclidean distance, whose norm is at most radius (...,)."""
 
-    def logits_containing(
-        self, spectrum: Tensor, radius: Tensor, temperature: float = 1.0
-    ) -> Tensor | None:
+    def logits_containing(self, spectrum: Tensor, radius: Tensor, temperature: float = 1.0) -> Tensor | None:
         """Logits (..., k) whose bounds contain a spectrum of norm <= radius; None unless `learnable`.
 
         What the spectrum leaves of the radius is spread evenly: s = spectrum + t with value(s) =
@@ -93,9 +90,7 @@ class Spectral(Norm):
     def value(self, spectrum: Tensor) -> Tensor:
         return spectrum.amax(-1)
 
-    def scales(
-        self, logits: Tensor | None, radius: Tensor, rank: int, temperature: float = 1.0
-    ) -> Tensor:
+    def scales(self, logits: Tensor | None, radius: Tensor, rank: int, temperature: float = 1.0) -> Tensor:
         return radius[..., None].expand(*radius.shape, rank)
 
     def project(self, spectrum: Tensor, radius: Tensor) -> Tensor:
@@ -115,16 +110,14 @@ class Schatten(Norm):
 
     @property
     def name(self) -> str:
-        return {1: "nuclear", 2: "frobenius"}.get(self.p, f"schatten-{self.p:g}")
+        return {1.0: "nuclear", 2.0: "frobenius"}.get(self.p, f"schatten-{self.p!r}".removesuffix(".0"))
 
     def value(self, spectrum: Tensor) -> Tensor:
         largest = spectrum.amax(-1, keepdim=True)
         shares = spectrum / _safe(largest)  # powers of numbers <= 1 never overflow
         return largest[..., 0] * (shares**self.p).sum(-1) ** (1 / self.p)
 
-    def scales(
-        self, logits: Tensor | None, radius: Tensor, rank: int, temperature: float = 1.0
-    ) -> Tensor:
+    def scales(self, logits: Tensor | None, radius: Tensor, rank: int, temperature: float = 1.0) -> Tensor:
         logits = _required(logits, self)
         # not softmax ** (1 / p), whose gradient is NaN where the softmax underflows
         return radius[..., None] * (torch.log_softmax(logits / temperature, -1) / self.p).exp()
@@ -174,9 +167,7 @@ class _GaugeScaled(Norm):
 
     learnable: ClassVar[bool] = True
 
-    def scales(
-        self, logits: Tensor | None, radius: Tensor, rank: int, temperature: float = 1.0
-    ) -> Tensor:
+    def scales(self, logits: Tensor | None, radius: Tensor, rank: int, temperature: float = 1.0) -> Tensor:
         logits = _required(logits, self) / temperature
         # value(c u) = c value(u): shifting the logits changes nothing but keeps exp() finite
         u = (logits - logits.amax(-1, keepdim=True).detach()).exp()
@@ -351,9 +342,7 @@ class Profile(Norm):
         ratio = torch.where(descending > 0, descending / bounds, torch.zeros_like(descending))
         return ratio.amax(-1)
 
-    def scales(
-        self, logits: Tensor | None, radius: Tensor, rank: int, temperature: float = 1.0
-    ) -> Tensor:
+    def scales(self, logits: Tensor | None, radius: Tensor, rank: int, temperature: float = 1.0) -> Tensor:
         if rank > len(self.bounds):
             raise ValueError(
                 f"a profile must list a bound for each of the {rank} singular values, got {len(self.bounds)}"
@@ -404,8 +393,9 @@ def parse_norm(norm: str | float | Norm) -> Norm:
             return _NAMED[norm]
         if match := re.fullmatch(r"ky-fan-([1-9]\d*)", norm):
             return KyFan(int(match[1]))
-        if match := re.fullmatch(r"schatten-(\d+(?:\.\d+)?)", norm):
-            norm = float(match[1])
+        if match := re.fullmatch(r"schatten-(\d[\d.e+]*)", norm):  # what `Schatten.name` gives
+            with suppress(ValueError):
+                return Schatten(float(match[1]))
     if isinstance(norm, (int, float)) and not isinstance(norm, bool) and norm >= 1:
         return Spectral() if norm == math.inf else Schatten(float(norm))
     raise ValueError(
@@ -441,7 +431,8 @@ def spectral_norm(matrix: Tensor) -> Tensor:
     if 0 in matrix.shape:
         return torch.zeros((), dtype=torch.float64)
     if min(matrix.shape) <= _EXACT_SIZE or matrix.dtype == torch.float64:
-        return torch.linalg.matrix_norm(matrix, 2).to("cpu", torch.float64)
+        norm: Tensor = torch.linalg.matrix_norm(matrix, 2)
+        return norm.to("cpu", torch.float64)
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.mT
     return _lanczos_norm(matrix)

@@ -43,7 +43,7 @@ def tall_cayley(free: Tensor) -> Tensor:
     Raises:
         ValueError: if p < k, or the dtype is neither float32 nor float64.
     """
-    p, k = _tall_shape(free, "free")
+    _, k = _tall_shape(free, "free")
     eps = torch.finfo(free.dtype).eps
     largest = torch.finfo(free.dtype).max ** 0.35
     free = free.clamp(-largest, largest)
@@ -123,7 +123,8 @@ def random_frame(
     q, r = torch.linalg.qr(gaussian)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
     # the sign convention of the factorization would otherwise bias the frame
-    return q * torch.where(diagonal < 0, -1.0, 1.0).to(dtype)[..., None, :]
+    frame: Tensor = q * torch.where(diagonal < 0, -1.0, 1.0).to(dtype)[..., None, :]
+    return frame
 
 
 def _tall_shape(matrix: Tensor, name: str) -> tuple[int, int]:

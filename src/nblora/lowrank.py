@@ -60,12 +60,6 @@ class LowRank:
         hidden = torch.nn.functional.linear(x, self.right.to(x.dtype))
         return torch.nn.functional.linear(hidden, self.left.to(x.dtype))
 
-    def to(self, *args: torch.dtype | torch.device | str) -> LowRank:
-        return LowRank(self.left.to(*args), self.right.to(*args))
-
-    def detach(self) -> LowRank:
-        return LowRank(self.left.detach(), self.right.detach())
-
     def svd(self) -> ThinSVD:
         """Singular value decomposition through two thin QRs and one small SVD.
 
@@ -83,11 +77,11 @@ class LowRank:
 
         Not finite where a factor is not: NaN is never measured as a number.
         """
-        exact = self.detach().to("cpu", torch.float64)
-        finite = exact.left.isfinite().all((-2, -1)) & exact.right.isfinite().all((-2, -1))
+        left, right = (factor.detach().to("cpu", torch.float64) for factor in (self.left, self.right))
+        finite = left.isfinite().all(-1).all(-1) & right.isfinite().all(-1).all(-1)
         safe = LowRank(
-            torch.where(finite[..., None, None], exact.left, 0.0),
-            torch.where(finite[..., None, None], exact.right, 0.0),
+            torch.where(finite[..., None, None], left, 0.0),
+            torch.where(finite[..., None, None], right, 0.0),
         )
         return torch.where(finite[..., None], safe.svd().sigma, torch.nan)
 

@@ -10,7 +10,6 @@ rank. "out" is the paper's A and acts on outputs, "in" is the paper's B and acts
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -219,7 +218,8 @@ def has_run_away(
     )
     bounds = norm.scales(free.logits, one, free.rank, temperature)
     # ||left right||_F <= ||left||_F, since ||right||_2 <= 1: no decomposition needed
-    return far & (torch.linalg.matrix_norm(update.left) < 0.1 * torch.linalg.vector_norm(bounds, dim=-1))
+    shrunk: Tensor = torch.linalg.matrix_norm(update.left) < 0.1 * torch.linalg.vector_norm(bounds, dim=-1)
+    return far & shrunk
 
 
 def _random(
@@ -255,9 +255,7 @@ def _from_frames(u: Tensor, ratio: Tensor, v: Tensor, parametrization: Parametri
         stacked = torch.cat([v * theta.cos()[..., None, :], u * theta.sin()[..., None, :]], dim=-2)
         free, _ = inverse_tall_cayley(stacked)
         n = v.shape[-2]
-        return FreeParameters(
-            out=free[..., n:, :].mT.contiguous(), into=free[..., :n, :].mT.contiguous()
-        )
+        return FreeParameters(out=free[..., n:, :].mT.contiguous(), into=free[..., :n, :].mT.contiguous())
     if parametrization == "svd":
         (free_u, signs_u), (free_v, signs_v) = inverse_tall_cayley(u), inverse_tall_cayley(v)
         return FreeParameters(
@@ -280,6 +278,4 @@ def _padded(update: LowRank, k: int) -> LowRank:
 
 
 def _unknown(parametrization: str) -> ValueError:
-    return ValueError(
-        f'parametrization must be "joint" or "svd", got parametrization={parametrization!r}'
-    )
+    return ValueError(f'parametrization must be "joint" or "svd", got parametrization={parametrization!r}')

@@ -65,9 +65,7 @@ class NBLoraConfig(PeftConfig):
         default="relative",
         metadata={"help": "Whether the bound is times the spectral norm of the layer's base weight."},
     )
-    parametrization: Literal["joint", "svd"] = field(
-        default="joint", metadata={"help": '"joint" or "svd".'}
-    )
+    parametrization: Literal["joint", "svd"] = field(default="joint", metadata={"help": '"joint" or "svd".'})
     temperature: float = field(
         default=1.0, metadata={"help": "How reluctantly bounds of single singular values move."}
     )
@@ -75,10 +73,10 @@ class NBLoraConfig(PeftConfig):
     init_weights: bool = field(
         default=True, metadata={"help": "Start at a zero update (True) or a random one (False)."}
     )
-    rank_pattern: dict[str, int] | None = field(
+    rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Ranks of single layers by name or regular expression."}
     )
-    bound_pattern: dict[str, float] | None = field(
+    bound_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Bounds of single layers by name or regular expression."}
     )
     target_modules: list[str] | set[str] | str | None = field(

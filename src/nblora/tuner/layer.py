@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -95,13 +95,37 @@ class Radius(nn.Module):
         return self
 
 
-class NBLoraLayer(BaseTunerLayer):
+class NBLoraLayer(nn.Module, BaseTunerLayer):
     """What every adapted layer has, whatever its base layer is."""
+
+    if TYPE_CHECKING:  # PEFT is not typed; what of it is used here
+
+        def get_base_layer(self) -> nn.Module: ...
+        def get_base_weight(self) -> Tensor: ...
+        def _get_base_layer_device_and_dtype(
+            self, base_layer: nn.Module
+        ) -> tuple[torch.device | None, torch.dtype | None]: ...
+        def set_base_weight(self, weight_data: Tensor) -> None: ...
+        def set_adapter(self, adapter_names: list[str], inference_mode: bool = False) -> None: ...
+
+        active_adapters: list[str]
+        disable_adapters: bool
+        merged: bool
+        weight: Tensor
 
     adapter_layer_names = ("nblora_in", "nblora_out", "nblora_angle", "nblora_scale")
     other_param_names = ("r", "method", "nblora_radius", "nblora_dropout", "_unmerge_corrections")
 
+    base_layer: nn.Module
+    nblora_in: nn.ModuleDict
+    nblora_out: nn.ModuleDict
+    nblora_angle: nn.ModuleDict
+    nblora_scale: nn.ModuleDict
+    nblora_radius: nn.ModuleDict
+    nblora_dropout: nn.ModuleDict
+
     def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.method: dict[str, Method] = {}
@@ -134,9 +158,7 @@ class NBLoraLayer(BaseTunerLayer):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         start = zero_start if config.init_weights else random_start
         # made on the CPU whatever the device, so that a seed gives the same start everywhere
-        free = start(
-            m, n, r, norm=method.norm, parametrization=method.parametrization, dtype=dtype
-        )
+        free = start(m, n, r, norm=method.norm, parametrization=method.parametrization, dtype=dtype)
         self.r[adapter_name] = effective_rank(r, m, n)
         self.method[adapter_name] = method
         self.nblora_in[adapter_name] = FreeWeight(free.into)
@@ -154,6 +176,23 @@ class NBLoraLayer(BaseTunerLayer):
         self.nblora_radius[adapter_name] = Radius(self._radius(adapter_name, bound, config, layer_name))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move an adapter to the device of the base layer, or the given one, and keep its precision.
+
+        PEFT would cast to the base layer's dtype too. Free parameters are float32 at least: what they
+        stand for is computed in float32 anyway, and a checkpoint must load as it was saved.
+        """
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for name in (*self.adapter_layer_names, "nblora_radius"):
+            container = getattr(self, name)
+            if adapter_name not in container or device is None:
+                continue
+            if not _weight(container[adapter_name]).is_meta:
+                container[adapter_name].to(device)
 
     def _radius(self, adapter_name: str, bound: float, config: NBLoraConfig, layer_name: str) -> Tensor:
         """The absolute radius, rounded down; NaN where only a checkpoint can tell it."""
@@ -192,9 +231,7 @@ class NBLoraLayer(BaseTunerLayer):
             ValueError: if the layer has no such adapter.
         """
         if adapter_name not in self.nblora_in:
-            raise ValueError(
-                f"the adapter must be one of {sorted(self.nblora_in)}, got {adapter_name!r}"
-            )
+            raise ValueError(f"the adapter must be one of {sorted(self.nblora_in)}, got {adapter_name!r}")
         angle, logits = self.nblora_angle, self.nblora_scale
         return FreeParameters(
             out=_weight(self.nblora_out[adapter_name]),
@@ -298,7 +335,7 @@ class NBLoraLayer(BaseTunerLayer):
             self.warn_if_run_away(adapter_name)
 
 
-class NBLoraLinear(nn.Module, NBLoraLayer):
+class NBLoraLinear(NBLoraLayer):
     """NB-LoRA on nn.Linear or transformers' Conv1D."""
 
     def __init__(
@@ -311,8 +348,7 @@ class NBLoraLinear(nn.Module, NBLoraLayer):
         config: NBLoraConfig,
         layer_name: str,
     ) -> None:
-        super().__init__()
-        NBLoraLayer.__init__(self, base_layer)
+        super().__init__(base_layer)
         base = self.get_base_layer()
         self.fan_in_fan_out = isinstance(base, Conv1D)
         m, n = self.out_in_features
@@ -337,12 +373,14 @@ class NBLoraLinear(nn.Module, NBLoraLayer):
         return delta.mT if self.fan_in_fan_out else delta
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError(MIXED_BATCH_MESSAGE)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            result = self.base_layer(x, *args, **kwargs)
+            return result
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result

@@ -54,7 +54,7 @@ class NBLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        ranks, bounds = peft_config.rank_pattern or {}, peft_config.bound_pattern or {}
+        ranks, bounds = peft_config.rank_pattern, peft_config.bound_pattern
         options: dict[str, Any] = {
             "r": ranks.get(get_pattern_key(ranks.keys(), current_key), peft_config.r),
             "bound": bounds.get(get_pattern_key(bounds.keys(), current_key), peft_config.bound),
@@ -92,5 +92,3 @@ def nblora_layers(model: nn.Module, adapter_name: str) -> dict[str, NBLoraLayer]
         for name, module in model.named_modules()
         if isinstance(module, NBLoraLayer) and adapter_name in module.nblora_in
     }
-
-
