@@ -1,0 +1,71 @@
+"""What every test shares: quiet, offline, seeded; and small models built from configurations."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+from torch import nn
+
+torch.set_num_threads(1)  # tests run in parallel processes
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+class TwoLayers(nn.Module):
+    """The smallest model with two linear layers of different shape."""
+
+    def __init__(self, n: int = 12, hidden: int = 20, m: int = 5) -> None:
+        super().__init__()
+        self.first = nn.Linear(n, hidden)
+        self.second = nn.Linear(hidden, m)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(1)
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def tiny_gpt2(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Its layers are transformers' Conv1D, which store (in, out) weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=50, bos_token_id=1, eos_token_id=2, loss_type="ForCausalLM"
+    )
+    torch.manual_seed(1)
+    return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def tokens(count: int = 2, length: int = 7, vocabulary: int = 50) -> torch.Tensor:
+    return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(3))
