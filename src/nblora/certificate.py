@@ -22,7 +22,6 @@ class LayerCertificate:
         name: module name in the base model.
         shape: (m, n) of the update, (out, in).
         rank: number of thin factors k; the rank of the update is at most this.
-        norm: which norm is bounded.
         singular_values: min(k, m, n) of them, in descending order, measured in float64 from the thin
             factors.
         value: the norm of the update.
@@ -32,7 +31,6 @@ class LayerCertificate:
     name: str
     shape: tuple[int, int]
     rank: int
-    norm: str
     singular_values: tuple[float, ...]
     value: float
     bound: float
@@ -58,9 +56,11 @@ class Certificate:
     """Measured spectra of every adapted layer against its bound.
 
     Attributes:
-        layers: in the order of the model.
+        norm: which norm is bounded.
+        layers: sorted by name, numbers by value.
     """
 
+    norm: str
     layers: tuple[LayerCertificate, ...]
 
     @property
@@ -86,12 +86,12 @@ class Certificate:
             asdict(layer) | {"slack": layer.slack, "share": layer.share, "holds": layer.holds}
             for layer in self.layers
         ]
-        content = {"holds": self.holds, "tolerance": TOLERANCE, "layers": layers}
+        content = {"holds": self.holds, "norm": self.norm, "tolerance": TOLERANCE, "layers": layers}
         return json.dumps(_finite(content), indent=2, allow_nan=False)
 
     def rows(self) -> list[tuple[str, ...]]:
         """A heading and a row of text for each layer."""
-        heading = ("layer", "shape", "rank", "norm", "largest σ", "value", "bound", "used", "holds")
+        heading = ("layer", "shape", "rank", f"{self.norm} norm", "bound", "used", "holds")
         return [
             heading,
             *(
@@ -99,10 +99,8 @@ class Certificate:
                     layer.name,
                     "×".join(map(str, layer.shape)),
                     str(layer.rank),
-                    layer.norm,
-                    f"{layer.singular_values[0]:.4g}",
-                    f"{layer.value:.6g}",
-                    f"{layer.bound:.6g}",
+                    f"{layer.value:.4g}",
+                    f"{layer.bound:.4g}",
                     f"{layer.share:.1%}",
                     "yes" if layer.holds else "NO",
                 )
@@ -136,6 +134,7 @@ def certify(model_or_adapter_path: nn.Module | PathLike, adapter_name: str = "de
         AdapterError: if it cannot be read.
     """
     adapter = read_adapter(model_or_adapter_path, adapter_name)
+    norm = next(iter(adapter.layers.values())).norm
     layers = []
     for name, layer in sorted(adapter.layers.items(), key=lambda item: _natural(item[0])):
         sigma = layer.update.singular_values()
@@ -145,13 +144,12 @@ def certify(model_or_adapter_path: nn.Module | PathLike, adapter_name: str = "de
                 name=name,
                 shape=(m, n),
                 rank=layer.update.rank,
-                norm=layer.norm.name,
                 singular_values=tuple(sigma.tolist()),
-                value=layer.norm.value(sigma).item(),
+                value=norm.value(sigma).item(),
                 bound=layer.bound,
             )
         )
-    return Certificate(tuple(layers))
+    return Certificate(norm.name, tuple(layers))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
