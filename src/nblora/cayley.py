@@ -49,10 +49,10 @@ def tall_cayley(free: Tensor) -> Tensor:
     free = free.clamp(-largest, largest)
     x, y = free[..., :k, :], free[..., k:, :]  # (..., k, k), (..., p - k, k)
     gram = y.mT @ y
-    ridge = 4 * k**0.5 * eps * gram.diagonal(dim1=-2, dim2=-1)
-    eye = torch.eye(k, dtype=free.dtype, device=free.device)
+    ridge = 4 * k**0.5 * eps * gram.detach().diagonal(dim1=-2, dim2=-1)
     # inv_ex: the checked inverse would wait for the device; I + Z is invertible by construction
-    inverse = torch.linalg.inv_ex(eye + x - x.mT + gram + torch.diag_embed(ridge)).inverse
+    inverse = torch.linalg.inv_ex(gram + (x - x.mT) + torch.diag_embed(1 + ridge)).inverse
+    eye = torch.eye(k, dtype=free.dtype, device=free.device)
     columns = torch.cat([2 * inverse - eye, -2 * (y @ inverse)], dim=-2)
     return columns / _length(columns)
 

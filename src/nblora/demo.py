@@ -347,46 +347,45 @@ def _largest_update(model: torch.nn.Module) -> float:
 
 
 def plot(result: DemoResult, file: Path) -> None:
-    """Draw the trade-off: target accuracy against source accuracy kept, a line for each method."""
+    """Draw the trade-off of target and source accuracy, and both against the learning rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for method, color, marker in (("LoRA", "#c44e52", "s"), ("NB-LoRA", "#2a6fbb", "o")):
+    trade_off, rates = figure.subplots(1, 2)
+    for method, color, marker, below in (("LoRA", "#c44e52", "s", False), ("NB-LoRA", "#2a6fbb", "o", True)):
         runs = [run for run in result.runs if run.method == method]
         target = [100 * run.target for run in runs]
         source = [100 * run.source for run in runs]
-        axes.plot(target, source, color=color, marker=marker, label=method, linewidth=1.5)
-        for run, x, y in zip(runs, target, source):
-            axes.annotate(
-                f"{run.learning_rate:g}", (x, y), xytext=(4, 5), textcoords="offset points", color=color
-            )
+        trade_off.plot(target, source, color=color, marker=marker, label=method)
         best = result.chosen(method)
-        axes.scatter(
-            [100 * best.target],
-            [100 * best.source],
-            s=220,
-            facecolors="none",
-            edgecolors=color,
-            linewidths=1.5,
+        trade_off.scatter(
+            [100 * best.target], [100 * best.source], s=220, facecolors="none", edgecolors=color
         )
-    axes.axhline(100 * result.source_before, color="0.6", linestyle=":", linewidth=1)
-    axes.annotate(
-        "source accuracy before",
-        (0.02, 100 * result.source_before),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, -12),
-        textcoords="offset points",
-        color="0.4",
-    )
-    axes.set(
+        trade_off.annotate(
+            f"chosen: {best.learning_rate:g}",
+            (100 * best.target, 100 * best.source),
+            xytext=(-8, -20 if below else 12),
+            textcoords="offset points",
+            ha="right",
+            color=color,
+        )
+        learning_rates = [run.learning_rate for run in runs]
+        rates.plot(learning_rates, target, color=color, marker=marker, label=f"{method}, target")
+        rates.plot(
+            learning_rates, source, color=color, marker=marker, linestyle="--", label=f"{method}, source kept"
+        )
+    for axes in (trade_off, rates):
+        axes.axhline(100 * result.source_before, color="0.6", linestyle=":", label="source before")
+        axes.set_ylim(0, 104)
+    trade_off.set(
+        title="What is learned against what is kept",
         xlabel="target accuracy: digits rotated by 90° (%)",
         ylabel="source accuracy kept: upright digits (%)",
-        title="What is learned against what is kept; labels are learning rates,\n"
-        "circles the one chosen on target validation",
-        ylim=(0, 104),
+        xlim=(0, 104),
     )
-    axes.legend(loc="lower left")
-    figure.savefig(file, dpi=130)
+    rates.set(title="Careless learning rates", xlabel="learning rate", ylabel="accuracy (%)", xscale="log")
+    trade_off.legend(loc="lower right")
+    rates.legend(loc="lower left")
+    figure.savefig(file, dpi=110)

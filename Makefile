@@ -1,0 +1,51 @@
+# Every target does its own set-up on a fresh clone: a virtual environment in .venv, torch pinned first
+# (a range would pull several GB of CUDA packages), then this package with its development tools.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := torch==2.13.0
+
+.PHONY: help setup demo test test-all check format bench-speed clean
+
+help:
+	@echo "make demo         adapt a small vision transformer to rotated digits, LoRA against NB-LoRA"
+	@echo "make test         the tests"
+	@echo "make test-all     the tests and the slow ones"
+	@echo "make check        formatting, lint and types"
+	@echo "make format       format the code"
+	@echo "make bench-speed  training step against PEFT's LoRA"
+	@echo "make clean        remove the virtual environment and caches"
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/nblora demo --out nblora-demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n auto
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-speed: $(READY)
+	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis nblora-demo
