@@ -172,14 +172,17 @@ def run_demo(
         cache_dir: where the pretrained model is kept; the user's cache folder without it.
 
     Raises:
+        ValueError: for a rank or a bound that a method refuses.
         OSError: if a folder cannot be written.
     """
+    recipe = recipe or Recipe()
+    recipe.methods()  # an impossible recipe is refused before anything is written
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the model is so small that threads would wait for each other
     try:
-        return _run(out, recipe or Recipe(), advance, Path(cache_dir) if cache_dir else _cache_dir())
+        return _run(out, recipe, advance, Path(cache_dir) if cache_dir else _cache_dir())
     finally:
         torch.set_num_threads(threads)
 
