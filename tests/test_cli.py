@@ -53,7 +53,7 @@ def test_certify_prints_every_layer_and_exits_0(adapter: Path) -> None:
     assert result.exit_code == 0
     for layer in certify(adapter).layers:
         assert layer.name in result.stdout
-        assert f"{layer.value:.4g}" in result.stdout
+        assert f"{layer.norm:.4g}" in result.stdout
     assert "All 2 layers keep their bound" in result.stdout
 
 

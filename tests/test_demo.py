@@ -100,7 +100,7 @@ def test_folder_holds_the_chosen_adapter_and_what_belongs_to_it(small) -> None:
     shares = []
     for layer in certificate.layers:
         sigma_of_base = layer.bound / SMALL.bound
-        shares.append(layer.value / sigma_of_base)
+        shares.append(layer.norm / sigma_of_base)
         weight = weights[_stored_name(layer.name, weights)]
         assert sigma_of_base == pytest.approx(torch.linalg.matrix_norm(weight, 2).item(), rel=1e-5)
     assert max(shares) == pytest.approx(result.chosen("NB-LoRA").update, rel=1e-5)

@@ -224,6 +224,16 @@ def test_a_loaded_adapter_keeps_its_radius_whatever_the_base_weights(door: str, 
         assert 0 < delta < layer.radius("default")
 
 
+def test_loading_with_little_memory_does_not_look_at_the_base_weights(tmp_path: Path) -> None:
+    model = adapted(tiny_llama())
+    model.save_pretrained(tmp_path)
+    base = tiny_llama()
+    base.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.inf  # no relative radius could be computed
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)
+    assert all(torch.equal(a, b) for a, b in zip(radii(loaded), radii(model)))
+    assert certify(loaded) == certify(model)
+
+
 # --- transformers' own adapter methods --------------------------------------------------------------
 
 

@@ -195,24 +195,30 @@ def lora_updates(model: nn.Module) -> Updates:
     return updates
 
 
-DOORS: list[Callable[[PeftModel, Path], Updates]] = [
-    by_layer,
-    by_merging,
-    by_merging_in_double,
-    by_output,
-    by_checkpoint,
-    by_export,
-    by_conversion,
-]
+# the dtype in which a door adds the update to the base weight, None where it shows the update itself
+DOORS: dict[Callable[[PeftModel, Path], Updates], torch.dtype | None] = {
+    by_layer: None,
+    by_merging: torch.float32,
+    by_merging_in_double: torch.float64,
+    by_output: torch.float32,
+    by_checkpoint: None,
+    by_export: None,
+    by_conversion: None,
+}
 
 
 def assert_inside(
-    model: nn.Module, updates: Updates, norm: str | float, bounds: dict[str, float], dtype: torch.dtype
+    model: nn.Module,
+    updates: Updates,
+    norm: str | float,
+    bounds: dict[str, float],
+    summed_in: torch.dtype | None = None,
 ) -> dict[str, float]:
-    """Every update keeps its absolute bound, up to rounding in a dtype; returns the used shares.
+    """Every update keeps its absolute bound up to rounding; returns the used shares.
 
-    A sum W + ΔW rounded to the dtype is off by at most eps/2 of each entry, in Frobenius norm by
-    eps ‖W + ΔW‖, and any norm here is at most √min(m, n) times the Frobenius norm.
+    A sum W + ΔW rounded to a dtype is off by eps/2 of each entry, so by at most eps/2 ‖W + ΔW‖_F, and any
+    norm here is at most √min(m, n) times the Frobenius norm. In a forward pass the two factors, what is
+    between them and the update itself are rounded too, each by no more than that.
     """
     weights = base_weights(model)
     assert updates.keys() == bounds.keys() == weights.keys()
@@ -222,11 +228,10 @@ def assert_inside(
         assert update.shape == weight.shape, name
         value = value_of(update, norm)
         slack = 10 * max(update.shape) * torch.finfo(torch.float32).eps * bound
-        total = torch.linalg.matrix_norm(weight) + torch.linalg.matrix_norm(update.double())
-        if dtype != torch.float32:  # of factors and of sums in half precision
-            slack = 4 * torch.finfo(dtype).eps * min(update.shape) ** 0.5 * (total.item() + bound)
-        sums = torch.finfo(dtype).eps * min(update.shape) ** 0.5 * total.item()
-        assert value <= bound + slack + sums, f"{name}: {value} > {bound}"
+        if summed_in is not None:
+            size = torch.linalg.matrix_norm(weight) + torch.linalg.matrix_norm(update.double())
+            slack += 5 * torch.finfo(summed_in).eps / 2 * min(update.shape) ** 0.5 * size.item()
+        assert value <= bound + slack, f"{name}: {value} > {bound}"
         shares[name] = value / bound
     return shares
 
@@ -256,12 +261,11 @@ def test_the_bound_holds_through_every_door(
     model = trained(norm, parametrization, lr)
     with runaways_allowed(lr == 1.0):
         updates = door(model, tmp_path)
-    shares = assert_inside(model, updates, norm, relative_bounds(model), torch.float32)
+    shares = assert_inside(model, updates, norm, relative_bounds(model), DOORS[door])
     assert min(shares.values()) > 0
-    if lr == 1e-2:  # the contract would be empty if nothing ever came near its bound
+    if lr == 1e-2 and parametrization == "joint":  # nothing would be shown if no update came near its bound
         assert max(shares.values()) > 0.9
-    with runaways_allowed(lr == 1.0):
-        assert certify(model).holds
+    assert certify(model).holds
 
 
 @pytest.mark.parametrize("lr", LEARNING_RATES)
@@ -276,7 +280,7 @@ def test_the_bound_holds_in_half_precision(
     with runaways_allowed(lr == 1.0):
         # what float32 parameters stand for is exact, whatever the dtype of the base model
         for door in (by_layer, by_checkpoint, by_export, by_conversion, by_merging_in_double):
-            assert_inside(model, door(model, tmp_path / door.__name__), norm, bounds, torch.float32)
+            assert_inside(model, door(model, tmp_path / door.__name__), norm, bounds, DOORS[door])
         for door in (by_merging, by_output):
             assert_inside(model, door(model, tmp_path), norm, bounds, dtype)
 
@@ -312,7 +316,7 @@ def test_the_bound_holds_under_autocast(norm: str | float, parametrization: str,
         inside = by_layer(model, Path())
         merged = by_merging(model, Path())
         output = by_output(model, Path())
-    assert_inside(model, inside, norm, bounds, torch.float32)
+    assert_inside(model, inside, norm, bounds)
     assert_inside(model, merged, norm, bounds, torch.float32)
     assert_inside(model, output, norm, bounds, torch.bfloat16)
 
@@ -328,7 +332,7 @@ def test_absolute_bounds_hold(norm: str | float, bound: float, lr: float) -> Non
     with runaways_allowed(lr == 1.0):
         train(model, torch.optim.AdamW(model.parameters(), lr=lr), steps=30)
     bounds = {f"base_model.model.{name}": bound for name in SHAPES}
-    shares = assert_inside(model, by_layer(model, Path()), norm, bounds, torch.float32)
+    shares = assert_inside(model, by_layer(model, Path()), norm, bounds)
     assert min(shares.values()) > 0
 
 
@@ -344,7 +348,7 @@ def test_bounds_of_single_layers_hold(norm: str, kind: str, tmp_path: Path) -> N
         for name, number in numbers.items()
     }
     for door in (by_layer, by_checkpoint, by_export):
-        shares = assert_inside(model, door(model, tmp_path / door.__name__), norm, bounds, torch.float32)
+        shares = assert_inside(model, door(model, tmp_path / door.__name__), norm, bounds)
         assert min(shares.values()) > 0
     for layer in certify(model).layers:
         assert layer.bound == pytest.approx(bounds[f"base_model.model.{layer.name}"], rel=1e-5)
@@ -369,7 +373,7 @@ def test_enormous_steps_on_enormous_gradients_stay_inside(
         for _ in range(10):
             train(model, optimizer, steps=2, scale=1e6)
             for door in (by_layer, by_merging, by_output):
-                assert_inside(model, door(model, tmp_path), norm, bounds, torch.float32)
+                assert_inside(model, door(model, tmp_path), norm, bounds, DOORS[door])
         assert certify(model).holds
     largest = max(p.abs().max().item() for p in model.parameters() if p.requires_grad)
     assert largest > 1e3  # it was violent
@@ -378,13 +382,20 @@ def test_enormous_steps_on_enormous_gradients_stay_inside(
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e3, 1e8, 1e20, 1e38])
-def test_any_free_parameters_are_inside(norm: str | float, parametrization: str, scale: float) -> None:
+@pytest.mark.parametrize("draw", ["normal", "signs"])
+def test_any_free_parameters_are_inside(
+    draw: str, norm: str | float, parametrization: str, scale: float
+) -> None:
+    """Adam makes parameters of equal size and different signs; some such matrices are singular."""
     model = build(norm=norm, parametrization=parametrization)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_().mul_(scale)
-    assert_inside(model, by_layer(model, Path()), norm, relative_bounds(model), torch.float32)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+                    parameter.copy_(scale * (parameter.sign() if draw == "signs" else parameter))
+        assert_inside(model, by_layer(model, Path()), norm, relative_bounds(model))
 
 
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
@@ -407,14 +418,11 @@ def test_the_bound_holds_in_layers_that_store_transposed_weights(
             optimizer.step()
         model.eval()
         export_lora(model, tmp_path)
-        for updates in (
-            by_layer(model, tmp_path),
-            by_merging(model, tmp_path),
-            by_output(model, tmp_path),
-            lora_updates(PeftModel.from_pretrained(tiny_gpt2(), tmp_path)),
-        ):
-            shares = assert_inside(model, updates, "frobenius", bounds, torch.float32)
+        for door in (by_layer, by_merging, by_merging_in_double, by_output):
+            shares = assert_inside(model, door(model, tmp_path), "frobenius", bounds, DOORS[door])
             assert min(shares.values()) > 0
+        lora = PeftModel.from_pretrained(tiny_gpt2(), tmp_path)
+    assert_inside(model, lora_updates(lora), "frobenius", bounds)
 
 
 def test_the_formulas_of_this_test_are_right() -> None:

@@ -165,6 +165,21 @@ def test_random_start_is_not_zero_and_strictly_inside(parametrization: str, norm
         assert 0.05 < share < 0.95
 
 
+@every_parametrization
+@pytest.mark.parametrize("norm", ["spectral", "frobenius", "nuclear"])
+def test_weight_decay_without_gradient_creates_no_update(norm: str, parametrization: str) -> None:
+    """An expert that is never routed to must stay what it was."""
+    model = plain(parametrization=parametrization, norm=norm)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.1, weight_decay=1.0)
+    for _ in range(50):
+        for parameter in trainable:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    for layer in layers(model):
+        assert not layer.get_delta_weight("default").any()
+
+
 def test_a_seed_gives_the_same_start() -> None:
     starts = []
     for _ in range(2):
@@ -411,6 +426,24 @@ def test_an_added_adapter_waits_to_be_set_active() -> None:
     close(out(model, x), out(with_updates(untouched, model, "other"), x))
 
 
+def test_an_added_adapter_waits_in_layers_that_had_none_too() -> None:
+    model = plain(target_modules=["first"])
+    model.add_adapter("other", NBLoraConfig(target_modules=["second"]))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {name for name, _ in model.named_parameters() if ".default." in name}
+    scatter(model)
+    scatter(model, "other")
+    x = plain_inputs()
+    both = out(model, x)
+    model.set_adapter("other")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {name for name, _ in model.named_parameters() if ".other." in name}
+    only_other = out(model, x)
+    model.set_adapter("default")
+    assert not torch.equal(only_other, both)
+    assert not torch.equal(out(model, x), only_other)
+
+
 @every_model
 def test_disabled_adapters_leave_exactly_the_base_model(kind: str) -> None:
     model, x, untouched = two_adapters(kind)
@@ -654,6 +687,19 @@ def test_forward_in_the_dtype_of_the_model(kind: str, dtype: torch.dtype) -> Non
             assert parameter.dtype == torch.float32, name
         else:
             assert parameter.dtype == dtype, name
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_free_parameters_are_never_rounded_to_half(dtype: torch.dtype, autocast_adapter_dtype: bool) -> None:
+    torch.manual_seed(8)
+    base = TwoLayers().to(dtype)
+    config = NBLoraConfig(target_modules=["first"], init_weights=False)
+    model = get_peft_model(base, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    free = layers(model)[0].free_parameters("default")
+    for tensor in (free.out, free.into):
+        assert tensor.dtype == torch.float32
+        assert not torch.equal(tensor, tensor.to(dtype).float())
 
 
 def test_a_float64_model_gets_a_float64_adapter() -> None:

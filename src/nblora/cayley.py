@@ -17,9 +17,9 @@ from torch import Tensor
 # by more than the identity that it is added to, and the "orthonormal" result was measured to be 100
 # times too long in float32, or infinite. Three measures keep the promise at every scale:
 #
-# 1. A ridge of a few rounding errors on the diagonal of Y^T Y. It is relative to each column, so it
-#    is invisible at ordinary scales (1e-6 in float32, 1e-15 in float64), and it keeps the rounded
-#    matrix invertible.
+# 1. A ridge of a few rounding errors of Y^T Y and of X - X^T on the diagonal. It is relative to each
+#    column, so it is invisible at ordinary scales (1e-6 in float32, 1e-15 in float64), and it keeps the
+#    rounded matrix invertible.
 # 2. Entries are clamped far beyond any useful size, where their squares would overflow.
 # 3. The result is divided by an upper bound of its own measured spectral norm, wherever that exceeds
 #    one. So the columns that come out are never longer than orthonormal ones, whatever was rounded.
@@ -49,9 +49,12 @@ def tall_cayley(free: Tensor) -> Tensor:
     free = free.clamp(-largest, largest)
     x, y = free[..., :k, :], free[..., k:, :]  # (..., k, k), (..., p - k, k)
     gram = y.mT @ y
-    ridge = 4 * k**0.5 * eps * gram.detach().diagonal(dim1=-2, dim2=-1)
+    skew = x - x.mT
+    with torch.no_grad():
+        sizes = gram.diagonal(dim1=-2, dim2=-1) + skew.norm(dim=-2)  # (..., k)
+        ridge = 4 * k**0.5 * eps * sizes
     # inv_ex: the checked inverse would wait for the device; I + Z is invertible by construction
-    inverse = torch.linalg.inv_ex(gram + (x - x.mT) + torch.diag_embed(1 + ridge)).inverse
+    inverse = torch.linalg.inv_ex(gram + skew + torch.diag_embed(1 + ridge)).inverse
     eye = torch.eye(k, dtype=free.dtype, device=free.device)
     columns = torch.cat([2 * inverse - eye, -2 * (y @ inverse)], dim=-2)
     return columns / _length(columns)

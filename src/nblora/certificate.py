@@ -8,10 +8,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from nblora.checkpoints import PathLike, read_adapter
-
-TOLERANCE = 1e-6
-"""Relative excess over a bound that counts as rounding of float32 factors (float64 has far less)."""
+from nblora.checkpoints import TOLERANCE, PathLike, read_adapter
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class LayerCertificate:
         rank: number of thin factors k; the rank of the update is at most this.
         singular_values: min(k, m, n) of them, in descending order, measured in float64 from the thin
             factors.
-        value: the norm of the update.
+        norm: of the update, in the certificate's norm.
         bound: the absolute bound.
     """
 
@@ -32,23 +29,23 @@ class LayerCertificate:
     shape: tuple[int, int]
     rank: int
     singular_values: tuple[float, ...]
-    value: float
+    norm: float
     bound: float
 
     @property
     def slack(self) -> float:
-        """What is left: bound - value."""
-        return self.bound - self.value
+        """What is left: bound - norm."""
+        return self.bound - self.norm
 
     @property
     def share(self) -> float:
-        """How much of the bound is used: value / bound, 0 where both are zero."""
-        return self.value / self.bound if self.bound else (0.0 if self.value == 0 else math.inf)
+        """How much of the bound is used: norm / bound, 0 where both are zero."""
+        return self.norm / self.bound if self.bound else (0.0 if self.norm == 0 else math.inf)
 
     @property
     def holds(self) -> bool:
-        """Whether value <= bound up to rounding (`TOLERANCE`). NaN never holds."""
-        return self.value <= self.bound * (1 + TOLERANCE)
+        """Whether norm <= bound up to rounding (`TOLERANCE`). NaN never holds."""
+        return self.norm <= self.bound * (1 + TOLERANCE)
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,11 @@ class Certificate:
     """Measured spectra of every adapted layer against its bound.
 
     Attributes:
-        norm: which norm is bounded.
+        norm_name: which norm is bounded.
         layers: sorted by name, numbers by value.
     """
 
-    norm: str
+    norm_name: str
     layers: tuple[LayerCertificate, ...]
 
     @property
@@ -86,12 +83,12 @@ class Certificate:
             asdict(layer) | {"slack": layer.slack, "share": layer.share, "holds": layer.holds}
             for layer in self.layers
         ]
-        content = {"holds": self.holds, "norm": self.norm, "tolerance": TOLERANCE, "layers": layers}
+        content = {"holds": self.holds, "norm_name": self.norm_name, "tolerance": TOLERANCE, "layers": layers}
         return json.dumps(_finite(content), indent=2, allow_nan=False)
 
     def rows(self) -> list[tuple[str, ...]]:
         """A heading and a row of text for each layer."""
-        heading = ("layer", "shape", "rank", f"{self.norm} norm", "bound", "used", "holds")
+        heading = ("layer", "shape", "rank", f"{self.norm_name} norm", "bound", "used", "holds")
         return [
             heading,
             *(
@@ -99,7 +96,7 @@ class Certificate:
                     layer.name,
                     "×".join(map(str, layer.shape)),
                     str(layer.rank),
-                    f"{layer.value:.4g}",
+                    f"{layer.norm:.4g}",
                     f"{layer.bound:.4g}",
                     f"{layer.share:.1%}",
                     "yes" if layer.holds else "NO",
@@ -122,7 +119,8 @@ def certify(model_or_adapter_path: nn.Module | PathLike, adapter_name: str = "de
 
     Singular values are computed in float64 from the thin factors that the model uses, never from an
     (m, n) product. The bound is the absolute radius that the adapter stores, or the configured number
-    where that is absolute.
+    where that is absolute. That a stored radius is the configured multiple of the base weight's spectral
+    norm can't be told without the base weight, and is not checked.
 
     Args:
         model_or_adapter_path: a model with an NB-LoRA adapter; the folder or hub repository of a saved
@@ -145,7 +143,7 @@ def certify(model_or_adapter_path: nn.Module | PathLike, adapter_name: str = "de
                 shape=(m, n),
                 rank=layer.update.rank,
                 singular_values=tuple(sigma.tolist()),
-                value=norm.value(sigma).item(),
+                norm=norm.value(sigma).item(),
                 bound=layer.bound,
             )
         )

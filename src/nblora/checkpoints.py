@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -30,6 +31,9 @@ from nblora.tuner.layer import Method
 PathLike = str | os.PathLike[str]
 
 _PEFT_PREFIX = "base_model.model."
+TOLERANCE = 1e-6
+"""Relative excess over a bound that counts as rounding of float32 factors (float64 has far less)."""
+
 _BOUNDS_KEY = "nblora_bounds"  # in the safetensors metadata of an exported LoRA
 
 
@@ -92,7 +96,7 @@ def read_adapter(source: nn.Module | PathLike, adapter_name: str = "default") ->
         ) from error
     weights_file = _find(source, SAFETENSORS_WEIGHTS_NAME)
     tensors, metadata = _read_tensors(weights_file)
-    config_class = {NBLoraType.NBLORA.value: NBLoraConfig, "LORA": LoraConfig}.get(kind)
+    config_class = {NBLoraType.NBLORA.value: NBLoraConfig, "LORA": LoraConfig}.get(str(kind))
     if config_class is None:
         raise AdapterError(f"{config_file} must be of an NB-LoRA adapter, got peft_type={kind!r}")
     try:
@@ -182,8 +186,11 @@ def _exported_adapter(
         raise AdapterError("a LoRA with bounds must not use DoRA, which rescales the whole weight")
     try:
         noted = json.loads(metadata[_BOUNDS_KEY])
-        norm, bounds = parse_norm(noted["norm"]), dict(noted["bounds"])
-    except (ValueError, KeyError, TypeError) as error:
+        norm = parse_norm(noted["norm"])
+        bounds = {name: float(bound) for name, bound in noted["bounds"].items()}
+        if not bounds or not all(0 <= bound < math.inf for bound in bounds.values()):
+            raise ValueError(f"bounds must be finite and not negative, got {bounds}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"the metadata entry {_BOUNDS_KEY!r} is damaged: {_one_line(error)}") from error
     layers, used = {}, set()
     for name, bound in bounds.items():
@@ -195,7 +202,7 @@ def _exported_adapter(
             message = f"layer {name!r} must have matching factors {keys}: {_one_line(error)}"
             raise AdapterError(message) from error
         used.update(keys)
-        layers[name] = BoundedLayer(product, norm, float(bound))
+        layers[name] = BoundedLayer(product, norm, bound)
     extra = [key for key in tensors if ".lora_" in key and key not in used]
     if extra:
         raise AdapterError(f"every LoRA tensor must belong to a layer with a bound, got {extra[0]!r} too")
@@ -265,8 +272,14 @@ def export_lora(
         revision=config.revision,
         inference_mode=True,
     )
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(names := getattr(lora, field), set):
+            setattr(lora, field, sorted(names))  # a set would be written in another order each time
     first = next(iter(adapter.layers.values()))
-    noted = {"norm": first.norm.name, "bounds": {n: layer.bound for n, layer in adapter.layers.items()}}
+    noted = {
+        "norm": first.norm.name,
+        "bounds": {n: layer.bound for n, layer in sorted(adapter.layers.items())},
+    }
     with _atomic_folder(Path(out_dir)) as folder:
         save_file(
             {_PEFT_PREFIX + key: value.detach().cpu().contiguous() for key, value in tensors.items()},
@@ -279,6 +292,12 @@ def export_lora(
 
 def _certified_rounding(layer: BoundedLayer, dtype: torch.dtype, name: str) -> LowRank:
     """Factors in `dtype` whose product, measured in float64, keeps the bound."""
+    exact = layer.norm.value(layer.update.singular_values()).item()
+    if not exact <= layer.bound * (1 + TOLERANCE):
+        raise AdapterError(
+            f"the update of layer {name!r} must be finite and keep its bound, got norm {exact!r} and bound "
+            f"{layer.bound!r}"
+        )
     left, right = layer.update.left.double(), layer.update.right.double()
     # equal norms of both sides round best; a zero side stays as it is
     ratio = left.norm(dim=-2) / right.norm(dim=-1)
@@ -290,11 +309,8 @@ def _certified_rounding(layer: BoundedLayer, dtype: torch.dtype, name: str) -> L
         value = layer.norm.value(rounded.singular_values()).item()
         if value <= layer.bound:
             return rounded
-        if not value < float("inf") or not layer.bound >= 0:
-            raise AdapterError(
-                f"the update of layer {name!r} must be finite in {dtype} and have a bound, "
-                f"got norm {value!r} and bound {layer.bound!r}"
-            )
+        if not value < math.inf:
+            raise AdapterError(f"the update of layer {name!r} must be finite in {dtype}, got norm {value!r}")
         shrink *= layer.bound / value * (1 - torch.finfo(dtype).eps / 8)
 
 
@@ -323,7 +339,11 @@ def _atomic_folder(target: Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         target.mkdir(exist_ok=True)
-        for file in made.iterdir():
+        files = list(made.iterdir())
+        for file in files:  # before the first of them moves
+            if (target / file.name).is_dir():
+                raise IsADirectoryError(f"{file.name} is a folder there")
+        for file in files:
             os.replace(file, target / file.name)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{target} cannot be written: {_one_line(error)}") from error

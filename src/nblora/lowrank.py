@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A context on the tensor's device in which autocast does not lower the precision of products."""
+    return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
 class ThinSVD(NamedTuple):
     """u (..., m, k), sigma (..., k) in descending order, v (..., n, k)."""
 
@@ -48,8 +53,9 @@ class LowRank:
         return self.left.shape[-1]
 
     def dense(self) -> Tensor:
-        """(..., m, n)."""
-        return self.left @ self.right
+        """(..., m, n), in the precision of the factors, also under autocast."""
+        with full_precision(self.left):
+            return self.left @ self.right
 
     def apply(self, x: Tensor) -> Tensor:
         """Map x (..., n) to (..., m) through the two thin products, in the dtype of x.
@@ -66,10 +72,11 @@ class LowRank:
         The (m, n) product is never formed; u and v have orthonormal columns also where the matrix
         has a lower rank. k here is min(rank, m, n). Source: MATH.md §5.
         """
-        q_left, r_left = torch.linalg.qr(self.left)
-        q_right, r_right = torch.linalg.qr(self.right.mT)
-        u, sigma, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
-        return ThinSVD(q_left @ u, sigma, q_right @ vh.mT)
+        with full_precision(self.left):
+            q_left, r_left = torch.linalg.qr(self.left)
+            q_right, r_right = torch.linalg.qr(self.right.mT)
+            u, sigma, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+            return ThinSVD(q_left @ u, sigma, q_right @ vh.mT)
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nblora.bounds import Norm
 from nblora.cayley import inverse_tall_cayley, random_frame, tall_cayley
-from nblora.lowrank import LowRank
+from nblora.lowrank import LowRank, full_precision
 
 Parametrization = Literal["joint", "svd"]
 
@@ -72,7 +72,8 @@ def bounded_update(
 ) -> LowRank:
     """The update that free parameters stand for.
 
-    Half-precision parameters are computed with in float32; the result is float32 or float64.
+    Half-precision parameters are computed with in float32, and autocast has no effect; the result is
+    float32 or float64.
 
     Args:
         free: any real values.
@@ -87,6 +88,13 @@ def bounded_update(
     """
     if free.out.dtype != torch.float64:
         free = free.map(Tensor.float)
+    with full_precision(free.out):
+        return _bounded_update(free, norm, radius, parametrization, temperature)
+
+
+def _bounded_update(
+    free: FreeParameters, norm: Norm, radius: Tensor, parametrization: Parametrization, temperature: float
+) -> LowRank:
     scales = norm.scales(free.logits, radius.to(free.out), free.rank, temperature)
     if parametrization == "joint":
         n = free.into.shape[-1]

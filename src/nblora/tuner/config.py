@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -104,18 +105,19 @@ class NBLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = NBLoraType.NBLORA
-        _check_integer("r", self.r)
-        parse_norm(self.norm)
-        _check_positive("bound", self.bound)
+        self.r = _integer("r", self.r)
+        if parse_norm(self.norm).name == "spectral":
+            self.norm = "spectral"  # infinity is not valid JSON
+        self.bound = _positive("bound", self.bound)
         _check_choice("bound_kind", self.bound_kind, ("relative", "absolute"))
         _check_choice("parametrization", self.parametrization, ("joint", "svd"))
-        _check_positive("temperature", self.temperature)
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+        self.temperature = _positive("temperature", self.temperature)
+        if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got dropout={self.dropout!r}")
         _check_choice("init_weights", self.init_weights, (True, False))
         _check_choice("bias", self.bias, ("none", "all", "nblora_only"))
-        self.rank_pattern = self._checked_pattern("rank_pattern", _check_integer)
-        self.bound_pattern = self._checked_pattern("bound_pattern", _check_positive)
+        self.rank_pattern = self._checked_pattern("rank_pattern", _integer)
+        self.bound_pattern = self._checked_pattern("bound_pattern", _positive)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -142,23 +144,25 @@ class NBLoraConfig(PeftConfig):
             return {}
         if not isinstance(pattern, dict):
             raise ValueError(f"{name} must map layer names to values, got {name}={pattern!r}")
-        for key, value in pattern.items():
-            check(f"{name}[{key!r}]", value)
-        return pattern
+        return {key: check(f"{name}[{key!r}]", value) for key, value in pattern.items()}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _check_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _integer(name: str, value: Any) -> int:
+    """A Python int, also of NumPy's integers."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {name}={value!r}")
+    return int(value)
 
 
-def _check_positive(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value < math.inf:
+def _positive(name: str, value: Any) -> float:
+    """A Python float, also of NumPy's numbers."""
+    if not _is_real(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a number, positive and finite, got {name}={value!r}")
+    return float(value)
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -95,6 +95,14 @@ class Radius(nn.Module):
         return self
 
 
+class _Merged(NamedTuple):
+    """What unmerging needs."""
+
+    update: LowRank  # as merged
+    wrong: Tensor  # (c,) flat indices at which subtracting the update does not restore the weight
+    values: Tensor  # (c,) the base weight there
+
+
 class NBLoraLayer(nn.Module, BaseTunerLayer):
     """What every adapted layer has, whatever its base layer is."""
 
@@ -114,7 +122,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         weight: Tensor
 
     adapter_layer_names = ("nblora_in", "nblora_out", "nblora_angle", "nblora_scale")
-    other_param_names = ("r", "method", "nblora_radius", "nblora_dropout", "_unmerge_corrections")
+    other_param_names = ("r", "method", "nblora_radius", "nblora_dropout", "_merged", "_watches")
 
     base_layer: nn.Module
     nblora_in: nn.ModuleDict
@@ -137,8 +145,8 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         self.nblora_dropout = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerge_corrections: dict[str, tuple[Tensor, Tensor]] = {}
-        self._forwards_until_check: dict[str, list[int]] = {}
+        self._merged: dict[str, _Merged] = {}
+        self._watches: dict[str, list[int]] = {}
 
     @property
     def out_in_features(self) -> tuple[int, int]:
@@ -205,7 +213,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
                 radius = torch.full_like(radius, torch.nan)
             else:
                 for merged in self.merged_adapters:
-                    weight = weight - self.get_delta_weight(merged)
+                    weight = weight - self._dense(self._merged[merged].update)
                 try:
                     radius = radius * spectral_norm(weight)
                 except ValueError as error:
@@ -250,11 +258,14 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         The one home of the formula: forward, merge, certify and export start here.
         """
         free = self.free_parameters(adapter_name)
-        with torch.autocast(device_type=free.out.device.type, enabled=False):
-            return self.method[adapter_name].update(free, self.radius(adapter_name))
+        return self.method[adapter_name].update(free, self.radius(adapter_name))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The update ΔW as a dense matrix in the layout of the base weight."""
+        return self._dense(self.low_rank_update(adapter_name))
+
+    def _dense(self, update: LowRank) -> Tensor:
+        """An update (out, in) as a dense matrix in the layout of the base weight."""
         raise NotImplementedError
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -275,7 +286,9 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
                 continue
             self.warn_if_run_away(adapter_name)
             weight = self.get_base_weight()
-            delta = self.get_delta_weight(adapter_name).detach().to(weight.device)
+            with torch.no_grad():
+                update = self.low_rank_update(adapter_name)
+            delta = self._dense(update).to(weight.device)
             merged = (weight + delta).to(weight.dtype)
             if safe_merge and not bool(merged.isfinite().all()):
                 raise ValueError(
@@ -283,22 +296,25 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
                 )
             # (W + d) - d is not always W in floating point. Remembering the few entries where it
             # differs makes unmerging exact without a second copy of the weight.
-            wrong = (self._without(merged, delta) != weight).flatten().nonzero()[:, 0]
-            self._unmerge_corrections[adapter_name] = (wrong, weight.flatten()[wrong])
+            wrong = (_bits(self._without(merged, delta)) != _bits(weight)).flatten().nonzero()[:, 0]
+            self._merged[adapter_name] = _Merged(update, wrong, weight.flatten()[wrong])
             self.set_base_weight(merged)
             self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
-        """Take every merged update out of the base weight again, which becomes bitwise what it was."""
+        """Take every merged update out of the base weight again.
+
+        The weight becomes bitwise what it was (up to rounding if it moved to another device meanwhile),
+        also if the adapter was trained on or loaded anew since.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
             adapter_name = self.merged_adapters.pop()
             weight = self.get_base_weight()
-            delta = self.get_delta_weight(adapter_name).detach().to(weight.device)
-            restored = self._without(weight, delta)
-            wrong, values = self._unmerge_corrections.pop(adapter_name)
+            update, wrong, values = self._merged.pop(adapter_name)
+            restored = self._without(weight, self._dense(update).to(weight.device))
             restored.view(-1)[wrong.to(weight.device)] = values.to(weight)
             self.set_base_weight(restored)
 
@@ -327,7 +343,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         """
         if not self.training or torch.compiler.is_compiling():
             return
-        state = self._forwards_until_check.setdefault(adapter_name, [16, 16])
+        state = self._watches.setdefault(adapter_name, [16, 16])
         state[0] -= 1
         if state[0] == 0:
             state[0] = state[1]
@@ -368,9 +384,8 @@ class NBLoraLinear(NBLoraLayer):
             return base.nf, base.nx
         return base.out_features, base.in_features
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        delta = self.low_rank_update(adapter_name).dense()
-        return delta.mT if self.fan_in_fan_out else delta
+    def _dense(self, update: LowRank) -> Tensor:
+        return update.dense().mT if self.fan_in_fan_out else update.dense()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor
@@ -407,3 +422,10 @@ def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """Entries as integers of their size, which tell the signs of zeros apart."""
+    return weight.contiguous().view(
+        {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
+    )
