@@ -80,6 +80,16 @@ def test_svd(batch: tuple[int, ...], m: int, n: int, k: int, dtype: torch.dtype)
     assert (u * sigma[..., None, :] @ v.mT - dense).abs().max() <= slack(dense)
 
 
+def test_autocast_has_no_effect() -> None:
+    """A merge or a certificate inside a mixed-precision training step is as exact as elsewhere."""
+    factors = random_factors((2,), 9, 6, 3, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dense, svd, sigma = factors.dense(), factors.svd(), factors.singular_values()
+    assert torch.equal(dense, factors.dense())
+    assert all(torch.equal(inside, outside) for inside, outside in zip(svd, factors.svd()))
+    assert torch.equal(sigma, factors.singular_values())
+
+
 def deficient() -> LowRank:
     """Rank 1 out of 3 columns, by a repeated and a zero column."""
     factors = random_factors((), 9, 6, 3)

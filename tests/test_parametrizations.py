@@ -374,6 +374,20 @@ def test_half_precision_parameters_are_computed_with_in_float32(
     assert torch.equal(update.dense(), exact.dense())
 
 
+@every_norm
+@every_parametrization
+def test_autocast_has_no_effect(parametrization: Parametrization, norm: Norm) -> None:
+    """The bound is a matter of float32: products in bfloat16 would leave the ball by up to a percent."""
+    free = random_start(6, 9, 4, norm=norm, parametrization=parametrization)
+    options: dict[str, Any] = {"norm": norm, "radius": radii(()), "parametrization": parametrization}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = bounded_update(free, **options)
+    outside = bounded_update(free, **options)
+    assert inside.left.dtype == torch.float32
+    assert torch.equal(inside.left, outside.left)
+    assert torch.equal(inside.right, outside.right)
+
+
 # --- the way back ---
 
 
@@ -648,3 +662,19 @@ def test_each_member_of_a_batch_runs_away_alone(parametrization: Parametrization
     assert has_run_away(free, norm=norm, parametrization=parametrization).tolist() == [False, True, False]
     halves = free.map(Tensor.bfloat16)
     assert has_run_away(halves, norm=norm, parametrization=parametrization).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+def test_autocast_has_no_effect(parametrization: Any) -> None:
+    """Neither on the way to an update nor on the way back."""
+    options: dict[str, Any] = {"norm": Schatten(2.0), "parametrization": parametrization}
+    radius = torch.tensor(0.5)
+    free = random_start(12, 9, 4, **options)
+    plain = bounded_update(free, radius=radius, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        update = bounded_update(free, radius=radius, **options)
+        back = pull_back(update, 4, radius=radius, **options)
+        dense = update.dense()
+    assert torch.equal(dense, plain.dense())
+    again = bounded_update(back, radius=radius, **options).dense()
+    torch.testing.assert_close(again, dense, rtol=0, atol=10 * 12 * torch.finfo(torch.float32).eps)

@@ -105,8 +105,9 @@ class Schatten(Norm):
     learnable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.p < math.inf:
+        if isinstance(self.p, bool) or not 1 <= self.p < math.inf:
             raise ValueError(f"p of a Schatten norm must be in [1, inf), got p={self.p!r}")
+        object.__setattr__(self, "p", float(self.p))  # also of NumPy's numbers
 
     @property
     def name(self) -> str:
@@ -134,7 +135,9 @@ class Schatten(Norm):
             count = torch.arange(1, spectrum.shape[-1] + 1, device=spectrum.device)
             level = (descending.cumsum(-1) - radius[..., None]) / count
             # the largest level is the soft threshold; a negative one means inside the ball
-            return (spectrum - level.amax(-1, keepdim=True).clamp(min=0)).clamp(min=0)
+            projected = (spectrum - level.amax(-1, keepdim=True).clamp(min=0)).clamp(min=0)
+            # the difference of large numbers may have left the ball by rounding
+            return projected * (radius / _safe(self.value(projected))).clamp(max=1)[..., None]
         return self._project_by_bisection(spectrum, radius)
 
     def _project_by_bisection(self, spectrum: Tensor, radius: Tensor) -> Tensor:
@@ -271,6 +274,7 @@ class Gauge(_GaugeScaled):
         projected = torch.stack([self._project_one(row, r) for row, r in zip(rows, radii)])
         return projected.reshape(spectrum.shape).to(spectrum)
 
+    @torch.enable_grad()
     def _project_one(self, spectrum: Tensor, radius: Tensor) -> Tensor:
         if self.value(spectrum) <= radius:
             return spectrum
@@ -286,24 +290,26 @@ class Gauge(_GaugeScaled):
         # violated ones; the nearest point of the polyhedron is Lawson and Hanson's least-distance
         # problem (Solving Least Squares Problems, ch. 23), one non-negative least squares.
         unit = spectrum / radius
+        far = torch.linalg.vector_norm(unit)  # the distance in which the problem is well scaled
+        inside = 1 + 1e-12 + 256 * torch.finfo(torch.float64).eps * far.item()
         positive = -torch.eye(len(unit), dtype=torch.float64)  # <-e_j, x> <= 0
         cuts: list[Tensor] = []
         x = unit
         for _ in range(1000):
             point = x.clone().requires_grad_()
             value = self.value(point)
-            if value.item() <= 1 + 1e-12:
+            if value.item() <= inside:
                 break
             cuts.append(torch.autograd.grad(value, point)[0])
             planes = torch.cat([torch.stack(cuts), positive])  # (c, k)
             violation = planes @ unit  # (c,)
             violation[: len(cuts)] -= 1
-            system = torch.cat([-planes.mT, violation[None]])  # (k + 1, c)
+            system = torch.cat([-planes.mT, violation[None] / far])  # (k + 1, c)
             target = torch.zeros(len(system), dtype=torch.float64)
             target[-1] = 1
             weights, _ = nnls(system.numpy(), target.numpy())
             residual = system @ torch.as_tensor(weights) - target
-            x = (unit - residual[:-1] / residual[-1]).clamp(min=0)
+            x = (unit - far * residual[:-1] / residual[-1]).clamp(min=0)
         return x * radius / self.value(x).clamp(min=1)
 
 
@@ -439,6 +445,10 @@ def spectral_norm(matrix: Tensor) -> Tensor:
 
 
 def _lanczos_norm(matrix: Tensor) -> Tensor:
+    largest = matrix.abs().max()
+    if largest == 0:
+        return torch.zeros((), dtype=torch.float64)
+    matrix = matrix / largest  # sums of squares of very large or small entries are not representable
     m, n = matrix.shape
     steps = min(_KRYLOV_STEPS, n)
     generator = torch.Generator().manual_seed(0)  # reproducible, and apart from the global state
@@ -454,9 +464,7 @@ def _lanczos_norm(matrix: Tensor) -> Tensor:
         left = left - lefts[:j].mT @ (lefts[:j] @ left)  # twice is enough
         left = left - lefts[:j].mT @ (lefts[:j] @ left)
         alpha = left.norm().item()
-        if alpha == 0:
-            break
-        lefts[j] = left / alpha
+        lefts[j] = left / alpha if alpha > 0 else left
         right = matrix.mT @ lefts[j]
         right = right - rights[: j + 1].mT @ (rights[: j + 1] @ right)
         right = right - rights[: j + 1].mT @ (rights[: j + 1] @ right)
@@ -465,9 +473,10 @@ def _lanczos_norm(matrix: Tensor) -> Tensor:
             bidiagonal[j - 1, j] = beta
         beta = right.norm().item()
         rights[j + 1] = right / beta if beta > 0 else right
-        if beta == 0 or j % 5 == 4 or j == steps - 1:
+        exhausted = alpha == 0 or beta == 0  # the Krylov space holds the singular vector
+        if exhausted or j % 5 == 4 or j == steps - 1:
             u, sigma, _ = torch.linalg.svd(bidiagonal[: j + 1, : j + 1])
             best = sigma[0]
-            if beta * u[j, 0].abs().item() <= _RESIDUAL * best.item():
+            if exhausted or beta * u[j, 0].abs().item() <= _RESIDUAL * best.item():
                 break
-    return best
+    return best * largest.to("cpu", torch.float64)

@@ -51,8 +51,8 @@ def tall_cayley(free: Tensor) -> Tensor:
     gram = y.mT @ y
     skew = x - x.mT
     with torch.no_grad():
-        sizes = gram.diagonal(dim1=-2, dim2=-1) + skew.norm(dim=-2)  # (..., k)
-        ridge = 4 * k**0.5 * eps * sizes
+        sizes = k**0.5 * gram.diagonal(dim1=-2, dim2=-1) + skew.abs().amax(-2)  # (..., k)
+        ridge = 4 * eps * sizes
     # inv_ex: the checked inverse would wait for the device; I + Z is invertible by construction
     inverse = torch.linalg.inv_ex(gram + skew + torch.diag_embed(1 + ridge)).inverse
     eye = torch.eye(k, dtype=free.dtype, device=free.device)

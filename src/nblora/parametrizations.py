@@ -175,11 +175,11 @@ def pull_back(
     """
     m, n = update.shape[-2:]
     k = effective_rank(r, m, n)
+    if not bool(update.left.isfinite().all() & update.right.isfinite().all()):
+        raise ValueError("the update must be finite, got NaN or infinity")
     u, sigma, v = _padded(update, k).svd()
     radius = radius.to(sigma)
     slack = 100 * max(m, n) * torch.finfo(sigma.dtype).eps
-    if not bool(sigma.isfinite().all()):
-        raise ValueError("the update must be finite, got NaN or infinity")
     largest = sigma[..., 0]
     if sigma.shape[-1] > k and bool((sigma[..., k] > slack * largest).any()):
         raise ValueError(
@@ -261,11 +261,13 @@ def _from_frames(u: Tensor, ratio: Tensor, v: Tensor, parametrization: Parametri
         theta = ratio.asin() / 2  # sin(2 theta) = ratio
         # flipping the sign of a column of both sides leaves the update as it is
         stacked = torch.cat([v * theta.cos()[..., None, :], u * theta.sin()[..., None, :]], dim=-2)
-        free, _ = inverse_tall_cayley(stacked)
+        with full_precision(u):
+            free, _ = inverse_tall_cayley(stacked)
         n = v.shape[-2]
         return FreeParameters(out=free[..., n:, :].mT.contiguous(), into=free[..., :n, :].mT.contiguous())
     if parametrization == "svd":
-        (free_u, signs_u), (free_v, signs_v) = inverse_tall_cayley(u), inverse_tall_cayley(v)
+        with full_precision(u):
+            (free_u, signs_u), (free_v, signs_v) = inverse_tall_cayley(u), inverse_tall_cayley(v)
         return FreeParameters(
             out=free_u.mT.contiguous(),
             into=free_v.mT.contiguous(),
