@@ -665,7 +665,7 @@ def test_each_member_of_a_batch_runs_away_alone(parametrization: Parametrization
 
 
 @pytest.mark.parametrize("parametrization", ["joint", "svd"])
-def test_autocast_has_no_effect(parametrization: Any) -> None:
+def test_autocast_has_no_effect_on_the_way_back(parametrization: Any) -> None:
     """Neither on the way to an update nor on the way back."""
     options: dict[str, Any] = {"norm": Schatten(2.0), "parametrization": parametrization}
     radius = torch.tensor(0.5)
