@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import types
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 # `import nblora` followed by PeftModel.from_pretrained(...) must work, so PEFT must learn of NB-LoRA.
 # But importing PEFT takes seconds and pulls in transformers, which a user of the mathematics alone
 # does not want. So registration waits for PEFT: at once if it is there already, else after its import,
-# through the standard import machinery (a finder that answers only for "peft", once).
+# through the standard import machinery: a finder that answers only for "peft", until that is loaded.
 
 
 def when_peft_is_imported() -> None:
@@ -34,13 +33,18 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """PEFT's own spec, with a loader that registers. Asking for it alone loads and changes nothing."""
         if fullname != "peft":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
-        if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
-        return spec
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _RegisteringLoader(spec.loader)
+                return spec
+        return None
 
 
 class _RegisteringLoader(importlib.abc.Loader):
@@ -55,5 +59,6 @@ class _RegisteringLoader(importlib.abc.Loader):
     def exec_module(self, module: types.ModuleType) -> None:
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader  # what PEFT and pkgutil see is the original
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _PeftFinder)]
         self._loader.exec_module(module)
         _register()

@@ -420,8 +420,9 @@ def spectral_norm(matrix: Tensor) -> Tensor:
     """The largest singular value of one (m, n) matrix, as a 0-dimensional float64 tensor on the CPU.
 
     Exact for small matrices. Larger ones use Golub-Kahan-Lanczos bidiagonalization with full
-    reorthogonalization, which approaches the norm from below, so that a bound relative to it is never
-    looser than promised; it stops when the residual of the singular pair is below 1e-6 of the norm.
+    reorthogonalization, which approaches the norm from below (so that a bound relative to it is looser
+    than promised by rounding at most) and stops when the residual of the singular pair is below 1e-6 of
+    the norm.
     Half-precision entries are taken as float32. Does not touch torch's global random state.
 
     Raises:
@@ -435,10 +436,10 @@ def spectral_norm(matrix: Tensor) -> Tensor:
     if not bool(matrix.isfinite().all()):
         raise ValueError("a spectral norm needs finite entries, got NaN or infinity")
     if 0 in matrix.shape:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     if min(matrix.shape) <= _EXACT_SIZE or matrix.dtype == torch.float64:
         norm: Tensor = torch.linalg.matrix_norm(matrix, 2)
-        return norm.to("cpu", torch.float64)
+        return norm.cpu().double()
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.mT
     return _lanczos_norm(matrix)
@@ -447,17 +448,17 @@ def spectral_norm(matrix: Tensor) -> Tensor:
 def _lanczos_norm(matrix: Tensor) -> Tensor:
     largest = matrix.abs().max()
     if largest == 0:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     matrix = matrix / largest  # sums of squares of very large or small entries are not representable
     m, n = matrix.shape
     steps = min(_KRYLOV_STEPS, n)
-    generator = torch.Generator().manual_seed(0)  # reproducible, and apart from the global state
-    start = torch.randn(n, generator=generator).to(matrix)
+    generator = torch.Generator("cpu").manual_seed(0)  # reproducible, and apart from the global state
+    start = torch.randn(n, generator=generator, device="cpu").to(matrix)
     rights = matrix.new_zeros(steps + 1, n)
     lefts = matrix.new_zeros(steps, m)
     rights[0] = start / start.norm()
-    bidiagonal = torch.zeros(steps, steps, dtype=torch.float64)
-    best = torch.zeros((), dtype=torch.float64)
+    bidiagonal = torch.zeros(steps, steps, dtype=torch.float64, device="cpu")
+    best = torch.zeros((), dtype=torch.float64, device="cpu")
     beta = 0.0
     for j in range(steps):
         left = matrix @ rights[j]
@@ -479,4 +480,4 @@ def _lanczos_norm(matrix: Tensor) -> Tensor:
             best = sigma[0]
             if exhausted or beta * u[j, 0].abs().item() <= _RESIDUAL * best.item():
                 break
-    return best * largest.to("cpu", torch.float64)
+    return best * largest.cpu().double()

@@ -198,8 +198,10 @@ def _exported_adapter(
         try:
             left, right = (tensors[key] for key in keys)
             product = LowRank(left.double() * _lora_scale(config, name), right.double())
-        except (KeyError, ValueError) as error:
-            message = f"layer {name!r} must have matching factors {keys}: {_one_line(error)}"
+        except (KeyError, ValueError, TypeError, ArithmeticError, re.error) as error:
+            message = (
+                f"layer {name!r} must have matching factors {keys}, ranks and alphas: {_one_line(error)}"
+            )
             raise AdapterError(message) from error
         used.update(keys)
         layers[name] = BoundedLayer(product, norm, bound)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """A context on the tensor's device in which autocast does not lower the precision of products."""
-    return torch.autocast(device_type=tensor.device.type, enabled=False)
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):  # the meta device, for one
+        return nullcontext()
+    return torch.autocast(device_type=device, enabled=False)
 
 
 class ThinSVD(NamedTuple):
@@ -63,8 +67,14 @@ class LowRank:
         Factors are cast to the dtype of x, so that a half-precision model pays half-precision
         products. Only for factors without leading axes.
         """
-        hidden = torch.nn.functional.linear(x, self.right.to(x.dtype))
-        return torch.nn.functional.linear(hidden, self.left.to(x.dtype))
+        left, right = self.left, self.right
+        if x.dtype == torch.float16:
+            # share the size between both sides, where one of them alone would be subnormal
+            size = left.detach().abs().amax().sqrt()
+            size = torch.where(size > 0, size, 1.0)
+            left, right = left / size, right * size
+        hidden = torch.nn.functional.linear(x, right.to(x.dtype))
+        return torch.nn.functional.linear(hidden, left.to(x.dtype))
 
     def svd(self) -> ThinSVD:
         """Singular value decomposition through two thin QRs and one small SVD.
@@ -84,7 +94,7 @@ class LowRank:
 
         Not finite where a factor is not: NaN is never measured as a number.
         """
-        left, right = (factor.detach().to("cpu", torch.float64) for factor in (self.left, self.right))
+        left, right = (factor.detach().cpu().double() for factor in (self.left, self.right))
         finite = left.isfinite().all(-1).all(-1) & right.isfinite().all(-1).all(-1)
         safe = LowRank(
             torch.where(finite[..., None, None], left, 0.0),

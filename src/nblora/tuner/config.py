@@ -5,12 +5,13 @@ from __future__ import annotations
 import enum
 import math
 import numbers
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft import PeftConfig
 
-from nblora.bounds import parse_norm
+from nblora.bounds import Norm, parse_norm
 
 
 class NBLoraType(str, enum.Enum):
@@ -106,8 +107,7 @@ class NBLoraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = NBLoraType.NBLORA
         self.r = _integer("r", self.r)
-        if parse_norm(self.norm).name == "spectral":
-            self.norm = "spectral"  # infinity is not valid JSON
+        self.norm = _norm(self.norm)
         self.bound = _positive("bound", self.bound)
         _check_choice("bound_kind", self.bound_kind, ("relative", "absolute"))
         _check_choice("parametrization", self.parametrization, ("joint", "svd"))
@@ -144,11 +144,30 @@ class NBLoraConfig(PeftConfig):
             return {}
         if not isinstance(pattern, dict):
             raise ValueError(f"{name} must map layer names to values, got {name}={pattern!r}")
+        try:
+            for key in pattern:
+                re.compile(key)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"keys of {name} must be names or regular expressions, got {pattern!r}: {error}"
+            ) from error
         return {key: check(f"{name}[{key!r}]", value) for key, value in pattern.items()}
 
 
 def _is_real(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _norm(value: Any) -> str | float:
+    """A norm in a form that JSON can hold; `parse_norm` says which there are."""
+    if isinstance(value, Norm):
+        raise ValueError(
+            f"norm must be a name or a number, which can be saved, got {value!r}; norms of your own "
+            "work with nblora.parametrizations"
+        )
+    if _is_real(value):
+        value = float(value)
+    return "spectral" if parse_norm(value).name == "spectral" else value
 
 
 def _integer(name: str, value: Any) -> int:

@@ -64,12 +64,17 @@ class FreeWeight(nn.Module):
     """A leaf module that holds one trainable tensor as `.weight`.
 
     Not a bare nn.Parameter in a ParameterDict: FSDP's wrap policy isolates leaf modules with
-    `.weight`, and TRL finds adapters by the ".name." inside parameter names.
+    `.weight`, and TRL finds adapters by the ".name." inside parameter names. To be called, not read,
+    where its value is computed with: FSDP gathers the shards only around calls.
     """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+
+    def forward(self) -> Tensor:
+        """A copy of the weight: what FSDP gathered is gone after the call."""
+        return self.weight.clone()
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}"
@@ -166,7 +171,9 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         start = zero_start if config.init_weights else random_start
         # made on the CPU whatever the device, so that a seed gives the same start everywhere
-        free = start(m, n, r, norm=method.norm, parametrization=method.parametrization, dtype=dtype)
+        free = start(
+            m, n, r, norm=method.norm, parametrization=method.parametrization, dtype=dtype, device="cpu"
+        )
         self.r[adapter_name] = effective_rank(r, m, n)
         self.method[adapter_name] = method
         self.nblora_in[adapter_name] = FreeWeight(free.into)
@@ -205,7 +212,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
     def _radius(self, adapter_name: str, bound: float, config: NBLoraConfig, layer_name: str) -> Tensor:
         """The absolute radius, rounded down; NaN where only a checkpoint can tell it."""
         weight = self.get_base_weight()
-        radius = torch.tensor(bound, dtype=torch.float64)
+        radius = torch.tensor(bound, dtype=torch.float64, device="cpu")
         if config.bound_kind == "relative":
             # parameters on the meta device: the layer awaits a checkpoint, which holds the radius
             awaits_checkpoint = _weight(self.nblora_in[adapter_name]).is_meta
@@ -233,7 +240,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         return torch.where(rounded > radius, rounded.nextafter(torch.zeros_like(rounded)), rounded)
 
     def free_parameters(self, adapter_name: str) -> FreeParameters:
-        """The free parameters of an adapter, as trained.
+        """Copies of the free parameters of an adapter, through which gradients flow to them.
 
         Raises:
             ValueError: if the layer has no such adapter.
@@ -242,10 +249,10 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"the adapter must be one of {sorted(self.nblora_in)}, got {adapter_name!r}")
         angle, logits = self.nblora_angle, self.nblora_scale
         return FreeParameters(
-            out=_weight(self.nblora_out[adapter_name]),
-            into=_weight(self.nblora_in[adapter_name]),
-            angle=_weight(angle[adapter_name]) if adapter_name in angle else None,
-            logits=_weight(logits[adapter_name]) if adapter_name in logits else None,
+            out=self.nblora_out[adapter_name](),
+            into=self.nblora_in[adapter_name](),
+            angle=angle[adapter_name]() if adapter_name in angle else None,
+            logits=logits[adapter_name]() if adapter_name in logits else None,
         )
 
     def radius(self, adapter_name: str) -> Tensor:
