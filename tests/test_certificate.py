@@ -473,3 +473,23 @@ def test_bounds_of_an_export_that_do_not_fit_are_refused(bounds: dict[str, Any],
     metadata = {"format": "pt", "nblora_bounds": json.dumps({"norm": "frobenius", "bounds": bounds})}
     save_file(tensors, weights_file(tmp_path), metadata=metadata)
     refused(tmp_path, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"r": 0},
+        {"rank_pattern": {"q_proj": 0}},
+        {"lora_alpha": "6"},
+        {"alpha_pattern": {"q_proj": None}},
+        {"rank_pattern": {"(": 4}},
+    ],
+)
+def test_damaged_ranks_of_an_export_are_refused(damage: dict[str, Any], tmp_path: Path) -> None:
+    export_lora(adapted(), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(AdapterError) as error:
+        certify(tmp_path)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from peft import PeftConfig, TaskType
 
@@ -196,3 +197,22 @@ def test_a_tampered_configuration_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(content | {"bound": NAN}))  # Python's json writes and reads NaN
     with pytest.raises(ValueError, match="bound must be a number, positive and finite, got bound=nan"):
         PeftConfig.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("norm", [Schatten(3.0), Spectral()])
+def test_norm_objects_are_refused_since_they_cannot_be_saved(norm: Any) -> None:
+    with pytest.raises(ValueError, match=r"norm must be a name or a number, which can be saved, got "):
+        NBLoraConfig(norm=norm)
+
+
+def test_numpy_numbers_become_plain_ones(tmp_path: Path) -> None:
+    config = NBLoraConfig(norm=np.float32(2.5), r=np.int64(3), bound=np.float32(0.5))
+    assert [type(value) for value in (config.norm, config.r, config.bound)] == [float, int, float]
+    config.save_pretrained(str(tmp_path))
+    assert NBLoraConfig.from_pretrained(str(tmp_path)).norm == 2.5
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "bound_pattern"])
+def test_patterns_that_are_no_regular_expressions_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"keys of {name} must be names or regular expressions, got "):
+        NBLoraConfig(**{name: {"(": 1}})

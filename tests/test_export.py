@@ -528,3 +528,8 @@ def test_a_source_that_is_no_adapter_of_ours_is_refused(tmp_path: Path) -> None:
             export_lora(source, target)
         assert "\n" not in str(error.value)
         assert not target.exists()
+
+
+def test_the_revision_of_the_base_model_survives(tmp_path: Path) -> None:
+    export_lora(adapted(revision="v2"), tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["revision"] == "v2"

@@ -66,6 +66,24 @@ def test_registration_in_both_import_orders(first: str, second: str) -> None:
     assert state["source"] > 0
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        "import importlib.util; assert importlib.util.find_spec('peft')",
+        "from transformers.utils import is_peft_available; assert is_peft_available()",
+    ],
+)
+def test_asking_whether_peft_is_there_does_not_use_up_the_registration(between: str) -> None:
+    code = (
+        f"import nblora\n{between}\nimport peft, sys\n"
+        "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known\n"
+        "assert known['NBLORA'].__name__ == 'NBLoraConfig'\n"
+        "assert not any(type(finder).__name__ == '_PeftFinder' for finder in sys.meta_path)\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_unknown_attributes_are_refused() -> None:
     with pytest.raises(AttributeError, match="module 'nblora' has no attribute 'no_such_name'"):
         _ = nblora.no_such_name

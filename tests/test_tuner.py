@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import nblora.tuner
 from conftest import TwoLayers, tiny_gpt2, tiny_llama, tokens
 from nblora import NBLoraConfig, NBLoraModel, RunawayWarning, export_lora
+from nblora.cayley import tall_cayley
 from nblora.tuner import NBLoraLayer, NBLoraType, nblora_layers
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -931,3 +932,55 @@ def test_registering_refuses_a_future_peft_with_the_name(monkeypatch: pytest.Mon
     monkeypatch.setattr(peft, "PeftType", FutureType)
     with pytest.raises(RuntimeError, match="must not have a method named NBLORA of its own"):
         nblora.tuner.register()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_the_temperature_of_the_configuration_reaches_the_layer(temperature: float) -> None:
+    """With unequal logits, bounds depend on it; with the formula of MATH.md §4."""
+    config = NBLoraConfig(r=4, temperature=temperature, init_weights=False, target_modules=["first"])
+    layer = get_peft_model(TwoLayers(), config).base_model.model.first
+    logits = layer.nblora_scale["default"].weight
+    with torch.no_grad():
+        logits.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    expected = layer.radius("default") * torch.softmax(logits / temperature, -1).sqrt()
+    free = layer.free_parameters("default")
+    columns = torch.cat([free.into, free.out], dim=-1).mT
+    outer = tall_cayley(columns)[12:]
+    torch.testing.assert_close(layer.low_rank_update("default").left, 2 * outer * expected)
+
+
+@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+def test_a_model_on_the_meta_device_has_shapes(parametrization: str) -> None:
+    config = NBLoraConfig(r=4, parametrization=parametrization, target_modules=["first", "second"])
+    with torch.device("meta"):
+        model = get_peft_model(TwoLayers(), config)
+    model.to("meta")
+    assert model(torch.empty(2, 12, device="meta")).shape == (2, 5)
+
+
+def test_another_default_device_changes_nothing() -> None:
+    """Radii and starts are made on the CPU, whatever torch's default device is."""
+    config = NBLoraConfig(r=4, target_modules=["first"])
+    base = TwoLayers(n=300, hidden=400)
+    torch.manual_seed(0)
+    plain = get_peft_model(copy.deepcopy(base), config)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        other = get_peft_model(base, config)
+    for (name, ours), (_, theirs) in zip(plain.state_dict().items(), other.state_dict().items(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("bound", [1e-2, 1e-4, 1e-6])
+def test_small_bounds_are_not_lost_in_float16(bound: float) -> None:
+    """One of the factors would be subnormal, or zero, if it carried the whole size of the update."""
+    config = NBLoraConfig(
+        r=8, bound=bound, bound_kind="absolute", init_weights=False, target_modules=["first"]
+    )
+    layer = get_peft_model(TwoLayers(n=512, hidden=512).half(), config).base_model.model.first
+    update = layer.low_rank_update("default")
+    x = torch.randn(64, 512).half()
+    expected = x.float() @ update.dense().mT
+    got = update.apply(x).float()
+    resolution = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.01 * expected.abs().max().item() + resolution)
