@@ -15,12 +15,8 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+import conftest
 from nblora.bounds import Gauge, KyFan, Norm, Profile, Schatten, Spectral, parse_norm, spectral_norm
-
-
-def capped(spectrum: Tensor) -> Tensor:
-    """The larger of the spectral norm and half the nuclear norm."""
-    return torch.maximum(spectrum.amax(-1), spectrum.sum(-1) / 2)
 
 
 def elastic(spectrum: Tensor) -> Tensor:
@@ -29,19 +25,7 @@ def elastic(spectrum: Tensor) -> Tensor:
 
 
 PROFILE = (3.0, 2.0, 1.0, 0.5, 0.25, 0.125)
-CONVEX: dict[str, Norm] = {
-    "spectral": Spectral(),
-    "nuclear": Schatten(1.0),
-    "schatten-1.5": Schatten(1.5),
-    "frobenius": Schatten(2.0),
-    "schatten-3.7": Schatten(3.7),
-    "schatten-50": Schatten(50.0),
-    "ky-fan-1": KyFan(1),
-    "ky-fan-3": KyFan(3),
-    "ky-fan-100": KyFan(100),
-    "capped": Gauge(capped, label="capped"),
-    "elastic": Gauge(elastic, label="elastic"),
-}
+CONVEX = {**conftest.NORMS, "elastic": Gauge(elastic, label="elastic")}
 NORMS: dict[str, Norm] = {**CONVEX, "profile": Profile(PROFILE)}
 LEARNABLE = {name: norm for name, norm in NORMS.items() if norm.learnable}
 
@@ -405,7 +389,7 @@ def test_projection_in_single_precision(name: str, radius: float) -> None:
 
 def test_projection_onto_a_gauge_needs_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    gauge, radius = Gauge(capped), torch.tensor(1.0)
+    gauge, radius = Gauge(conftest.capped), torch.tensor(1.0)
     with pytest.raises(ImportError, match="needs SciPy: pip install scipy"):
         gauge.project(torch.tensor([3.0, 1.0]), radius)
     inside = torch.tensor([0.5, 0.1])
@@ -519,7 +503,7 @@ def test_parse_norm_refuses(given: Any) -> None:
 
 
 def test_labels_name_gauges() -> None:
-    assert Gauge(capped, label="capped").name == "capped"
+    assert Gauge(conftest.capped, label="capped").name == "capped"
     assert Profile([1.0]).name == "profile"
 
 

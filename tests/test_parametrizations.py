@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nblora.bounds import Gauge, KyFan, Norm, Profile, Schatten, Spectral
+import conftest
+from nblora.bounds import Norm, Profile, Schatten, Spectral
 from nblora.cayley import random_frame
 from nblora.lowrank import LowRank
 from nblora.parametrizations import (
@@ -26,25 +27,7 @@ from nblora.parametrizations import (
     zero_start,
 )
 
-
-def capped(spectrum: Tensor) -> Tensor:
-    """The larger of the spectral norm and half the nuclear norm."""
-    return torch.maximum(spectrum.amax(-1), spectrum.sum(-1) / 2)
-
-
-NORMS: dict[str, Norm] = {
-    "spectral": Spectral(),
-    "nuclear": Schatten(1.0),
-    "schatten-1.5": Schatten(1.5),
-    "frobenius": Schatten(2.0),
-    "schatten-3.7": Schatten(3.7),
-    "schatten-50": Schatten(50.0),
-    "ky-fan-1": KyFan(1),
-    "ky-fan-3": KyFan(3),
-    "ky-fan-100": KyFan(100),
-    "capped": Gauge(capped, label="capped"),
-    "profile": Profile([3.0, 2.0, 1.0, 0.5, 0.25, 0.2, 0.15, 0.1]),
-}
+NORMS = {**conftest.NORMS, "profile": Profile([3.0, 2.0, 1.0, 0.5, 0.25, 0.2, 0.15, 0.1])}
 PARAMETRIZATIONS = get_args(Parametrization)
 SIZES = {  # m, n, r, leading axes
     "row": (1, 7, 2, ()),
