@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from nblora.bounds import Gauge, KyFan, Norm, Schatten, Spectral
-
 torch.set_num_threads(1)  # tests run in parallel processes
 
 
@@ -38,25 +36,6 @@ class TwoLayers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(torch.tanh(self.first(x)))
-
-
-def capped(spectrum: torch.Tensor) -> torch.Tensor:
-    """A gauge of its own: the larger of the spectral norm and half the nuclear norm."""
-    return torch.maximum(spectrum.amax(-1), spectrum.sum(-1) / 2)
-
-
-NORMS: dict[str, Norm] = {
-    "spectral": Spectral(),
-    "nuclear": Schatten(1.0),
-    "schatten-1.5": Schatten(1.5),
-    "frobenius": Schatten(2.0),
-    "schatten-3.7": Schatten(3.7),
-    "schatten-50": Schatten(50.0),
-    "ky-fan-1": KyFan(1),
-    "ky-fan-3": KyFan(3),
-    "ky-fan-100": KyFan(100),
-    "capped": Gauge(capped, label="capped"),
-}
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:

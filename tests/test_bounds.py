@@ -15,7 +15,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-import conftest
+import shared_norms
 from nblora.bounds import Gauge, KyFan, Norm, Profile, Schatten, Spectral, parse_norm, spectral_norm
 
 
@@ -25,7 +25,7 @@ def elastic(spectrum: Tensor) -> Tensor:
 
 
 PROFILE = (3.0, 2.0, 1.0, 0.5, 0.25, 0.125)
-CONVEX = {**conftest.NORMS, "elastic": Gauge(elastic, label="elastic")}
+CONVEX = {**shared_norms.NORMS, "elastic": Gauge(elastic, label="elastic")}
 NORMS: dict[str, Norm] = {**CONVEX, "profile": Profile(PROFILE)}
 LEARNABLE = {name: norm for name, norm in NORMS.items() if norm.learnable}
 
@@ -389,7 +389,7 @@ def test_projection_in_single_precision(name: str, radius: float) -> None:
 
 def test_projection_onto_a_gauge_needs_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    gauge, radius = Gauge(conftest.capped), torch.tensor(1.0)
+    gauge, radius = Gauge(shared_norms.capped), torch.tensor(1.0)
     with pytest.raises(ImportError, match="needs SciPy: pip install scipy"):
         gauge.project(torch.tensor([3.0, 1.0]), radius)
     inside = torch.tensor([0.5, 0.1])
@@ -503,7 +503,7 @@ def test_parse_norm_refuses(given: Any) -> None:
 
 
 def test_labels_name_gauges() -> None:
-    assert Gauge(conftest.capped, label="capped").name == "capped"
+    assert Gauge(shared_norms.capped, label="capped").name == "capped"
     assert Profile([1.0]).name == "profile"
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import conftest
+import shared_norms
 from nblora.bounds import Norm, Profile, Schatten, Spectral
 from nblora.cayley import random_frame
 from nblora.lowrank import LowRank
@@ -27,7 +27,7 @@ from nblora.parametrizations import (
     zero_start,
 )
 
-NORMS = {**conftest.NORMS, "profile": Profile([3.0, 2.0, 1.0, 0.5, 0.25, 0.2, 0.15, 0.1])}
+NORMS = {**shared_norms.NORMS, "profile": Profile([3.0, 2.0, 1.0, 0.5, 0.25, 0.2, 0.15, 0.1])}
 PARAMETRIZATIONS = get_args(Parametrization)
 SIZES = {  # m, n, r, leading axes
     "row": (1, 7, 2, ()),
