@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from nblora.bounds import Norm, parse_norm
 from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters
 from nblora.tuner import NBLoraConfig, NBLoraType
+from nblora.tuner.config import pattern_value
 from nblora.tuner.layer import Method
 
 PathLike = str | os.PathLike[str]
@@ -168,8 +168,7 @@ def _adapter(config: NBLoraConfig, tensors: Mapping[str, Tensor]) -> Adapter:
         with torch.no_grad():
             update = method.update(free, radius)
         # an absolute bound was promised in the configuration, and a radius above it breaks the promise
-        key = get_pattern_key(config.bound_pattern.keys(), name)
-        bound = config.bound_pattern.get(key, config.bound)
+        bound = pattern_value(config.bound_pattern, name, config.bound)
         layers[name] = BoundedLayer(
             update, method.norm, radius.item() if config.bound_kind == "relative" else bound
         )
@@ -213,9 +212,8 @@ def _exported_adapter(
 
 
 def _lora_scale(config: LoraConfig, name: str) -> float:
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    r = ranks.get(get_pattern_key(ranks.keys(), name), config.r)
-    alpha = alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha)
+    r = pattern_value(config.rank_pattern, name, config.r)
+    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
     return float(alpha / (r**0.5 if config.use_rslora else r))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from nblora.bounds import Norm, parse_norm
 
@@ -152,6 +153,12 @@ class NBLoraConfig(PeftConfig):
                 f"keys of {name} must be names or regular expressions, got {pattern!r}: {error}"
             ) from error
         return {key: check(f"{name}[{key!r}]", value) for key, value in pattern.items()}
+
+
+def pattern_value(patterns: dict[str, Any] | None, layer_name: str, default: Any) -> Any:
+    """What a pattern such as `bound_pattern` says of a layer, by PEFT's rule, else the default."""
+    patterns = patterns or {}
+    return patterns.get(get_pattern_key(patterns.keys(), layer_name), default)
 
 
 def _is_real(value: object) -> bool:

@@ -10,11 +10,10 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from nblora.tuner.config import NBLoraConfig
+from nblora.tuner.config import NBLoraConfig, pattern_value
 from nblora.tuner.layer import MIXED_BATCH_MESSAGE, NBLoraLayer, NBLoraLinear
 
 
@@ -54,10 +53,9 @@ class NBLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        ranks, bounds = peft_config.rank_pattern, peft_config.bound_pattern
         options: dict[str, Any] = {
-            "r": ranks.get(get_pattern_key(ranks.keys(), current_key), peft_config.r),
-            "bound": bounds.get(get_pattern_key(bounds.keys(), current_key), peft_config.bound),
+            "r": pattern_value(peft_config.rank_pattern, current_key, peft_config.r),
+            "bound": pattern_value(peft_config.bound_pattern, current_key, peft_config.bound),
             "config": peft_config,
             "layer_name": current_key,
         }
