@@ -18,7 +18,7 @@ import glob
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,78 +95,108 @@ def load_rows(source: str) -> DatasetDict:
 
 
 def target_splits(source: str, *, seed: int) -> Splits:
-    """Training, validation and test rows of a source; see `split_rows`.
+    """Training, validation and test rows of a source; see `target_parts`.
 
     Raises:
         DataError: as `load_rows`, and for fewer rows than the splits need.
     """
-    return split_rows(load_rows(source), source, seed=seed)
+    rows = load_rows(source)
+    parts = target_parts({name: len(split) for name, split in rows.items()}, source, seed=seed)
+    return Splits(**{role: rows[part.split].select(part.indices) for role, part in parts.items()})
 
 
 def kept_splits(source: str, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Validation and test rows of a source; see `kept_rows`.
+    """Validation and test rows of data that a model has learned before; see `kept_parts`.
 
     Raises:
         DataError: as `load_rows`, and for fewer than two rows.
     """
-    return kept_rows(load_rows(source), source, seed=seed)
+    rows = load_rows(source)
+    parts = kept_parts({name: len(split) for name, split in rows.items()}, source, seed=seed)
+    validation, test = (rows[part.split].select(part.indices) for part in parts.values())
+    return validation, test
 
 
-def split_rows(rows: DatasetDict, source: str, *, seed: int) -> Splits:
-    """Training, validation and test rows, 80 : 10 : 10 where the source has a single split.
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a split: what is used for one purpose.
+
+    Attributes:
+        split: its name in the source.
+        indices: (count,) of its rows, increasing.
+    """
+
+    split: str
+    indices: Any
+
+
+def draw(total: int, count: int, *, seed: int) -> Any:
+    """`count` of the numbers below `total`, drawn without replacement, increasing."""
+    return np.sort(np.random.default_rng(seed).permutation(total)[:count])
+
+
+def target_parts(lengths: Mapping[str, int], source: str, *, seed: int) -> dict[str, Part]:
+    """What to train on, to choose by and to report on: 80 : 10 : 10 where the source has a single split.
 
     A validation or test split that is missing beside a training split is a tenth of the training rows, drawn
-    without replacement; the rest stays to train on. Rows keep their order.
+    without replacement; the rest stays to train on.
+
+    Args:
+        lengths: of the splits of the source, by name.
+        source: its name, for errors.
+        seed: of the drawing.
+
+    Returns:
+        The parts "train", "validation" and "test".
     """
-    found = _by_role(rows)
+    found = _by_role(lengths)
     if "train" not in found:
-        if len(rows) != 1:
-            raise DataError(f"the data must have a split 'train', got splits {list(rows)} in {source}")
-        found = {"train": next(iter(rows.values()))}
-    train = found.pop("train")
+        if len(lengths) != 1:
+            raise DataError(f"the data must have a split 'train', got splits {list(lengths)} in {source}")
+        found = {"train": next(iter(lengths))}
+    train, total = found["train"], lengths[found["train"]]
     missing = [role for role in ("validation", "test") if role not in found]
-    needed = 1 + len(missing)
-    if len(train) < needed:
+    if total <= len(missing):
         raise DataError(
-            f"the data must have at least {needed} rows to train on and to make a split for "
-            f"{' and '.join(missing)}, got {len(train)} in {source}"
+            f"the data must have at least {1 + len(missing)} rows to train on and to make a "
+            f"{' and a '.join(missing)} split of, got {total} in {source}"
         )
-    tenth = max(1, round(len(train) / 10))
-    if tenth * len(missing) >= len(train):
-        tenth = 1
-    order = np.random.default_rng(seed).permutation(len(train))
+    tenth = min(max(1, round(total / 10)), (total - 1) // max(1, len(missing)))
+    order = np.random.default_rng(seed).permutation(total)
+    parts = {role: Part(name, np.arange(lengths[name])) for role, name in found.items()}
     for position, role in enumerate(missing):
-        found[role] = _select(train, order[position * tenth : (position + 1) * tenth])
+        parts[role] = Part(train, np.sort(order[position * tenth : (position + 1) * tenth]))
     if missing:
-        train = _select(train, order[len(missing) * tenth :])
-    return Splits(train, found["validation"], found["test"])
+        parts["train"] = Part(train, np.sort(order[len(missing) * tenth :]))
+    return {role: parts[role] for role in ("train", "validation", "test")}
 
 
-def kept_rows(rows: DatasetDict, source: str, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Validation and test rows of data that a model has learned before.
+def kept_parts(lengths: Mapping[str, int], source: str, *, seed: int) -> dict[str, Part]:
+    """What to choose by and to report on, of data that a model has learned before.
 
     Where the source has both splits, these; where it has one of them, its halves, because the model may know
     the training rows by heart; where it has neither, the halves of its single split or of its training rows.
+
+    Returns:
+        The parts "validation" and "test".
     """
-    found = _by_role(rows)
-    if "validation" in found and "test" in found:
-        return found["validation"], found["test"]
-    if len(rows) == 1:
-        whole = next(iter(rows.values()))
-    else:
-        role = next((role for role in ("test", "validation", "train") if role in found), None)
-        if role is None:
-            raise DataError(
-                f"the data must have a split 'test' or a single one, got {list(rows)} in {source}"
-            )
-        whole = found[role]
-    if len(whole) < 2:
+    found = _by_role(lengths)
+    if {"validation", "test"} <= set(found):
+        return {role: Part(found[role], np.arange(lengths[found[role]])) for role in ("validation", "test")}
+    name = next((found[role] for role in ("test", "validation", "train") if role in found), None)
+    if len(lengths) == 1:
+        name = next(iter(lengths))
+    if name is None:
         raise DataError(
-            f"the data must have at least 2 rows to make a validation and a test split, got 1 in {source}"
+            f"the data must have a split 'test' or a single one, got splits {list(lengths)} in {source}"
         )
-    order = np.random.default_rng(seed).permutation(len(whole))
-    half = len(whole) // 2
-    return _select(whole, order[:half]), _select(whole, order[half:])
+    if lengths[name] < 2:
+        raise DataError(
+            f"the data must have at least 2 rows to make a validation and a test split of, got 1 in {source}"
+        )
+    order = np.random.default_rng(seed).permutation(lengths[name])
+    half = len(order) // 2
+    return {"validation": Part(name, np.sort(order[:half])), "test": Part(name, np.sort(order[half:]))}
 
 
 @contextmanager
@@ -440,20 +470,16 @@ def split_role(name: str) -> str | None:
     return None
 
 
-def _by_role(rows: DatasetDict) -> dict[str, Dataset]:
-    """Splits by what they are for; of several, the one with the plain name, else the first."""
-    found: dict[str, Dataset] = {}
-    for name in sorted(rows, key=lambda name: name.lower() not in SPLIT_WORDS):
+def _by_role(names: Iterable[str]) -> dict[str, str]:
+    """Names of splits by what they are for; of several, the one with the plain name, else the first."""
+    found: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: name.lower() not in SPLIT_WORDS):
         role = split_role(name)
         if role == "test" and role in found and name.lower().startswith("eval"):
             role = "validation"  # beside a test split
         if role is not None:
-            found.setdefault(role, rows[name])
+            found.setdefault(role, name)
     return found
-
-
-def _select(rows: Dataset, indices: Any) -> Dataset:
-    return rows.select(np.sort(indices))
 
 
 def _suffix(path: Path) -> str:
