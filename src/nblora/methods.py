@@ -66,7 +66,10 @@ def _fields(config: type[PeftConfig]) -> tuple[str, ...]:
 
 
 def _lora(**fixed: Any) -> Callable[[int, float, Mapping[str, Any]], PeftConfig]:
-    """LoRA with alpha = 2r, its usual choice, unless said otherwise."""
+    """LoRA with alpha = 2r, its usual choice, unless said otherwise.
+
+    rsLoRA has a fixed alpha, 16, because its scale alpha / sqrt(r) is meant to leave r's part to the root.
+    """
 
     def make(rank: int, bound: float, options: Mapping[str, Any]) -> PeftConfig:
         return LoraConfig(**{"r": rank, "lora_alpha": 2 * rank, **fixed, **options})
