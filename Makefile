@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
 
-.PHONY: help setup demo test test-all check format bench-speed clean
+.PHONY: help setup demo test test-all check format bench-speed bench-forgetting bench-forgetting-quick clean
 
 help:
 	@echo "make demo         adapt a small vision transformer to rotated digits, LoRA against NB-LoRA"
@@ -16,6 +16,8 @@ help:
 	@echo "make check        formatting, lint and types"
 	@echo "make format       format the code"
 	@echo "make bench-speed  training step against PEFT's LoRA"
+	@echo "make bench-forgetting-quick  what LoRA and NB-LoRA learn and forget, minutes, with gates"
+	@echo "make bench-forgetting        every method on the full grid, hours; resumable"
 	@echo "make clean        remove the virtual environment and caches"
 
 setup: $(READY)
@@ -46,6 +48,12 @@ format: $(READY)
 
 bench-speed: $(READY)
 	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json
+
+bench-forgetting-quick: $(READY)
+	$(BIN)/python benchmarks/forgetting.py --quick
+
+bench-forgetting: $(READY)
+	$(BIN)/python benchmarks/forgetting.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis nblora-demo

@@ -84,7 +84,7 @@ class Certificate:
             for layer in self.layers
         ]
         content = {"holds": self.holds, "norm_name": self.norm_name, "tolerance": TOLERANCE, "layers": layers}
-        return json.dumps(_finite(content), indent=2, allow_nan=False)
+        return json.dumps(finite(content), indent=2, allow_nan=False)
 
     def rows(self) -> list[tuple[str, ...]]:
         """A heading and a row of text for each layer."""
@@ -155,9 +155,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
+    """The same with None in place of numbers that JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

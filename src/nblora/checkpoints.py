@@ -280,7 +280,7 @@ def export_lora(
         "norm": first.norm.name,
         "bounds": {n: layer.bound for n, layer in sorted(adapter.layers.items())},
     }
-    with _atomic_folder(Path(out_dir)) as folder:
+    with atomic_folder(Path(out_dir)) as folder:
         save_file(
             {_PEFT_PREFIX + key: value.detach().cpu().contiguous() for key, value in tensors.items()},
             folder / SAFETENSORS_WEIGHTS_NAME,
@@ -328,7 +328,7 @@ def _export_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 @contextmanager
-def _atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """A fresh folder whose files move into `target` once all of them are written."""
     if target.exists() and not target.is_dir():
         raise AdapterError(f"the folder to write must not be a file, got {target}")
@@ -350,6 +350,19 @@ def _atomic_folder(target: Path) -> Iterator[Path]:
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: PathLike) -> Iterator[Path]:
+    """A path to write to, which becomes `target` once the block has ended without an error."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}-{secrets.token_hex(4)}"
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _find(source: PathLike, file_name: str) -> Path:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 UNREADABLE = 2  # exit status for input that cannot be read, as for wrong options
 BROKEN = 1  # exit status for a broken bound
+STOPPED = 130  # exit status after Ctrl-C, as shells have it
 
 
 def _version(value: bool) -> None:
@@ -105,17 +107,11 @@ def demo(
 
     Prints a table and writes the adapter, its certificate, a plain-LoRA export and a figure.
     """
-    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        _fail(f"The demo needs {' and '.join(missing)}: pip install 'nblora[demo]'")
-    import transformers
-
+    with _one_line_errors():
+        _needs("The demo", "sklearn", "matplotlib", extra="demo")
     from nblora.demo import Recipe, run_demo, training_steps
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    # PEFT 0.21 asks transformers 5 for a property by its old name
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing.", category=FutureWarning)
+    _quiet_libraries()
     recipe = Recipe(seed=seed, epochs=epochs, rank=rank, bound=bound)
     console = Console()
     columns = (
@@ -155,15 +151,339 @@ def demo(
     )
 
 
+_JOB_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+_Model = Annotated[str | None, typer.Option(help="Base model: a folder or a hub repository.")]
+_Task = Annotated[
+    str | None, typer.Option(help="causal-lm, seq-cls, token-cls, seq2seq or image-cls.", metavar="TASK")
+]
+_Data = Annotated[
+    str | None,
+    typer.Option(
+        help="What to learn: a CSV, JSONL, Parquet or text file, a folder of them or of images, or a data "
+        "set of the hub."
+    ),
+]
+_Keep = Annotated[
+    str | None, typer.Option(help="Data that stands for what the model must not forget; only evaluated.")
+]
+_Column = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="ROLE=NAME: which column of the data is text, label, image, ..."),
+]
+_KeepColumn = Annotated[list[str] | None, typer.Option("--keep-column", help="The same, of the kept data.")]
+_Config = Annotated[
+    Path | None, typer.Option(help="YAML file with any of these settings; options given here win.")
+]
+_MaxLength = Annotated[int | None, typer.Option(help="Tokens of a sample.")]
+_MaxTrain = Annotated[int | None, typer.Option(help="Train on only so many samples.")]
+_MaxEval = Annotated[int | None, typer.Option(help="Evaluate on only so many samples of each set.")]
+
+
+@app.command(context_settings=_JOB_OPTIONS)
+def finetune(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    model: _Model = None,
+    task: _Task = None,
+    data: _Data = None,
+    keep: _Keep = None,
+    norm: Annotated[
+        str | None, typer.Option(help="spectral, frobenius, nuclear, ky-fan-q or a number p >= 1.")
+    ] = None,
+    bound: Annotated[
+        float | None, typer.Option(help="On every update's norm, times the weight's spectral norm.")
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", help="Rank of the updates.")] = None,
+    config: _Config = None,
+    column: _Column = None,
+    keep_column: _KeepColumn = None,
+    max_length: _MaxLength = None,
+    max_train_samples: _MaxTrain = None,
+    max_eval_samples: _MaxEval = None,
+    seed: Annotated[int | None, typer.Option(help="Of the data split, the start and the training.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in OUT; start it if there is none.")
+    ] = False,
+    report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
+) -> None:
+    """Fine-tune a model with bounded updates, and see what it learned and what it kept.
+
+    Further options: --train.NAME VALUE for every field of transformers' TrainingArguments
+    (--train.learning_rate 1e-3 --train.num_train_epochs 5), --adapter.NAME VALUE for every field of
+    NBLoraConfig (--adapter.parametrization svd), --load.NAME VALUE for from_pretrained (--load.dtype
+    bfloat16).
+
+    Writes the adapter, a plain-LoRA export, certificate.json, metrics.json, config.yaml, which reproduces
+    the run, and report.html. Ctrl-C leaves a checkpoint. Runs under torchrun and accelerate launch:
+    torchrun --nproc_per_node 2 -m nblora finetune ...
+
+    Exit status: 0 if done, 2 for input that cannot be used, 130 if stopped.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    with _one_line_errors(first):
+        _needs("Fine-tuning", "transformers", "accelerate", "datasets", "yaml", extra="train")
+        from nblora.settings import dotted_options, overlay, read_yaml
+
+        options = dotted_options(context.args, ("train", "adapter", "load"))
+        options["adapter"].update(_given(norm=_number(norm), bound=bound, r=r))
+        settings = overlay(
+            {} if config is None else read_yaml(config),
+            _given(
+                model=model,
+                task=task,
+                data=data,
+                keep=keep,
+                columns=_roles("--column", column),
+                keep_columns=_roles("--keep-column", keep_column),
+                max_length=max_length,
+                max_train_samples=max_train_samples,
+                max_eval_samples=max_eval_samples,
+                seed=seed,
+                **options,
+            ),
+        )
+        from nblora.training import Interrupted, finetune
+
+        _quiet_libraries()
+        columns = (
+            TextColumn("step {task.completed:.0f} of {task.total:.0f}"),
+            BarColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(), transient=True, disable=not first) as progress:
+            bar = progress.add_task("Training", total=1)
+            try:
+                result = finetune(
+                    settings,
+                    out,
+                    resume=resume,
+                    report=report,
+                    advance=lambda step, last: progress.update(bar, completed=step, total=last),
+                )
+            except Interrupted as stopped:
+                _fail(str(stopped), STOPPED, first)
+    if first:
+        console = Console()
+        console.print(_scores_table(result.metrics))
+        console.print(result.certificate.summary, style="green" if result.certificate.holds else "bold red")
+        report_too = " report.html shows it all." if report else ""
+        console.print(
+            f"Wrote to {out}: adapter/, lora/ (a plain LoRA), certificate.json, metrics.json, config.yaml."
+            f"{report_too}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _scores_table(metrics: Mapping[str, Any]) -> Table:
+    """Before and after, on the target and the kept data."""
+    table = Table("", "before", "after", box=SIMPLE_HEAD)
+    for name, title in (("target", "learned: target"), ("keep", "kept: other data")):
+        before, after = metrics["before"][name], metrics["after"][name]
+        if before is None or after is None:
+            continue
+        if metrics["metric"] == "accuracy":
+            table.add_row(f"{title}, accuracy", f"{before['accuracy']:.1%}", f"{after['accuracy']:.1%}")
+        else:
+            shown = ("" if m.get("nats") is None else f"{m['nats']:.4f}" for m in (before, after))
+            table.add_row(f"{title}, nats per token (less is better)", *shown)
+    return table
+
+
+@app.command(context_settings=_JOB_OPTIONS)
+def compare(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, or to complete.")],
+    model: _Model = None,
+    task: _Task = None,
+    data: _Data = None,
+    keep: _Keep = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="nblora, lora, rslora, dora, pissa, lora+, delora, oft, hra, full; NB-LoRA's variants as "
+            "nblora-svd, nblora-spectral, nblora-svd-nuclear, ...; with commas.  [default: nblora,lora]"
+        ),
+    ] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option(help="With commas.  [default: 1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1]")
+    ] = None,
+    ranks: Annotated[str | None, typer.Option(help="With commas.  [default: 8]")] = None,
+    epochs: Annotated[str | None, typer.Option(help="With commas.  [default: 3]")] = None,
+    bounds: Annotated[str | None, typer.Option(help="Of NB-LoRA, with commas.  [default: 0.3]")] = None,
+    seeds: Annotated[str | None, typer.Option(help="With commas.  [default: 0]")] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="full: every combination. star: ranks at the middle epochs, epochs at the middle rank.  "
+            "[default: full]"
+        ),
+    ] = None,
+    config: _Config = None,
+    column: _Column = None,
+    keep_column: _KeepColumn = None,
+    max_length: _MaxLength = None,
+    max_train_samples: _MaxTrain = None,
+    max_eval_samples: _MaxEval = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Runs at once.  [default: a run on each GPU, or on two cores]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Cores of each run.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Do the runs on the Ray cluster at this address.", metavar="ADDRESS")
+    ] = None,
+    gpus: Annotated[float, typer.Option(help="GPUs of each run on Ray.")] = 0.0,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do failed runs again.")] = False,
+    report: Annotated[bool, typer.Option(help="Write figures and report.html.")] = True,
+) -> None:
+    """Which method, which learning rate, which bound, and what did the model forget? On your own task.
+
+    Runs every combination and writes a table, figures and report.html. Stopped, or called again with more
+    methods, rates or seeds, it does only the runs that are missing. Further options: --train.NAME VALUE and
+    --load.NAME VALUE as for `nblora finetune`. A file for --config may also say `methods` as a mapping from
+    names of your own to options: {my-lora: {method: lora, lora_alpha: 16}}.
+
+    Exit status: 0 if done, 2 for input that cannot be used, 130 if stopped.
+    """
+    with _one_line_errors():
+        _needs("A comparison", "transformers", "accelerate", "datasets", "yaml", extra="train")
+        from nblora.settings import dotted_options, overlay, read_yaml
+
+        settings = overlay(
+            {} if config is None else read_yaml(config),
+            _given(
+                model=model,
+                task=task,
+                data=data,
+                keep=keep,
+                methods=None if methods is None else [name.strip() for name in methods.split(",")],
+                learning_rates=_numbers(learning_rates),
+                ranks=_numbers(ranks),
+                epochs=_numbers(epochs),
+                bounds=_numbers(bounds),
+                seeds=_numbers(seeds),
+                grid=grid,
+                columns=_roles("--column", column),
+                keep_columns=_roles("--keep-column", keep_column),
+                max_length=max_length,
+                max_train_samples=max_train_samples,
+                max_eval_samples=max_eval_samples,
+                **dotted_options(context.args, ("train", "load")),
+            ),
+        )
+        from nblora.comparison import compare
+        from nblora.executors import LocalExecutor, RayExecutor
+
+        _quiet_libraries()
+        executor = RayExecutor(ray, threads or 1, gpus) if ray else LocalExecutor(workers, threads)
+        console = Console()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} %"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("Measuring the base model", total=1.0)
+            count = 0
+
+            def show(record: Mapping[str, Any] | None, share: float) -> None:
+                nonlocal count
+                count += record is not None
+                progress.update(bar, completed=share, description=f"{count} runs done")
+                if record is not None and record["status"] != "done":
+                    progress.console.print(
+                        f"{record['method']} at {record['learning_rate']:g}: {record['status']} "
+                        f"{record['error'] or ''}",
+                        style="yellow",
+                    )
+
+            try:
+                comparison = compare(
+                    settings,
+                    out,
+                    executor=executor,
+                    retry_failed=retry_failed,
+                    report=report,
+                    on_run=show,
+                )
+            except KeyboardInterrupt:
+                _fail(
+                    f"stopped after {count} runs, which are kept in {out}; the same command continues",
+                    STOPPED,
+                )
+        from nblora.reporting import comparison_rows
+
+        heading, rows = comparison_rows(comparison)
+        table = Table(*heading, box=SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(
+        f"Wrote to {out}: comparison.json, comparison.csv, runs.csv"
+        + (", figures/ and report.html" if report else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that the user gave."""
+    return {name: value for name, value in options.items() if value is not None and value != {}}
+
+
+def _number(text: str | None) -> str | float | None:
+    """A norm as a number where it is one."""
+    from nblora.settings import parse_yaml
+
+    return text if text is None else parse_yaml(text)
+
+
+def _numbers(text: str | None) -> list[Any] | None:
+    from nblora.settings import parse_yaml
+
+    return None if text is None else [parse_yaml(part) for part in text.split(",")]
+
+
+def _roles(option: str, given: list[str] | None) -> dict[str, str] | None:
+    for text in given or ():
+        if not text.partition("=")[2]:
+            raise ValueError(f"{option} must be ROLE=NAME, got {text!r}")
+    return {role: name for role, _, name in (text.partition("=") for text in given or ())} or None
+
+
+def _needs(what: str, *modules: str, extra: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{what} needs {' and '.join(missing)}: pip install 'nblora[{extra}]'")
+
+
+def _quiet_libraries() -> None:
+    """No messages of libraries between ours."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    # PEFT 0.21 asks transformers 5 for a property by its old name
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing.", category=FutureWarning)
+
+
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn errors about the user's input into one line on standard error and exit status 2."""
+def _one_line_errors(first: bool = True) -> Iterator[None]:
+    """Turn errors about the user's input into one line on standard error and exit status 2.
+
+    Args:
+        first: whether this is the first of the processes of a job, which speaks for all.
+    """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        _fail(str(error))
+        _fail(" ".join(str(error).split()), first=first)
 
 
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"nblora: {message}", err=True)
-    raise typer.Exit(UNREADABLE)
+def _fail(message: str, status: int = UNREADABLE, first: bool = True) -> NoReturn:
+    if first:
+        typer.echo(f"nblora: {message}", err=True)
+    raise typer.Exit(status)

@@ -10,6 +10,7 @@ rank. "out" is the paper's A and acts on outputs, "in" is the paper's B and acts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -105,7 +106,8 @@ def _bounded_update(
         if free.angle is None:
             raise ValueError("the svd parametrization needs angles, got angle=None")
         u, v = tall_cayley(free.out.mT), tall_cayley(free.into.mT)
-        return LowRank(u * (scales * free.angle.sin())[..., None, :], v.mT)
+        sine = (free.angle * math.sqrt(u.shape[-2])).sin()  # Note [The unit of an angle]
+        return LowRank(u * (scales * sine)[..., None, :], v.mT)
     raise _unknown(parametrization)
 
 
@@ -271,7 +273,7 @@ def _from_frames(u: Tensor, ratio: Tensor, v: Tensor, parametrization: Parametri
         return FreeParameters(
             out=free_u.mT.contiguous(),
             into=free_v.mT.contiguous(),
-            angle=ratio.asin() * signs_u * signs_v,
+            angle=ratio.asin() * signs_u * signs_v / math.sqrt(u.shape[-2]),
         )
     raise _unknown(parametrization)
 
