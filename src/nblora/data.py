@@ -331,7 +331,12 @@ def _passages(text: str, size: int) -> Iterator[str]:
 def _read_folder(folder: Path, source: str) -> DatasetDict:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         with _reading(source):
-            saved = datasets.load_from_disk(str(folder))
+            try:
+                saved = datasets.load_from_disk(str(folder))
+            except IndexError as error:  # there is no file to read the columns from
+                raise DataError(
+                    f"the data must have at least one row in every split, got none in {source}"
+                ) from error
         return saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
     files = sorted(
         path
@@ -340,13 +345,15 @@ def _read_folder(folder: Path, source: str) -> DatasetDict:
     )
     if not files:
         raise DataError(f"the data must have at least one row, got an empty folder {source}")
-    described = any(path.stem == "metadata" and _suffix(path) in TABLES for path in files)
     images = [path for path in files if _suffix(path) in IMAGES]
+    descriptions = [path for path in files if path.stem == "metadata" and _suffix(path) in TABLES]
     card = folder / "README.md"
     configured = card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
-    if images and not described and not configured:
+    if images and descriptions and not configured:
+        return _read_described_images(folder, descriptions, source)
+    if images and not configured:
         return _read_image_folder(folder, images, source)
-    if not described and not configured:
+    if not configured:
         flat = [path for path in files if path.parent == folder and _suffix(path) in TABLES + TEXTS]
         if flat:
             return _read_flat_folder(flat, source)
@@ -421,6 +428,25 @@ def _read_image_folder(folder: Path, images: Sequence[Path], source: str) -> Dat
             for role, paths in groups.items()
         }
     )
+
+
+def _read_described_images(folder: Path, descriptions: Sequence[Path], source: str) -> DatasetDict:
+    """Tables that describe the images of their folder, named in the column `file_name`."""
+    groups: dict[str, list[Dataset]] = {}
+    for path in descriptions:
+        rows = _read_table(path)
+        if "file_name" not in rows.column_names:
+            raise DataError(f"{path} must have a column 'file_name', got columns {rows.column_names}")
+        images = [path.parent / str(name) for name in rows["file_name"]]
+        for image in images:
+            if not image.is_file():
+                raise DataError(f"a description of images must name files that exist, got {image} in {path}")
+        rows = rows.remove_columns([name for name in ("file_name", "image") if name in rows.column_names])
+        rows = rows.add_column("image", [str(image.resolve()) for image in images])
+        role = split_role(path.relative_to(folder).parts[0])
+        groups.setdefault(role or "train", []).append(rows.cast_column("image", Image()))
+    with _reading(source):
+        return DatasetDict({role: datasets.concatenate_datasets(parts) for role, parts in groups.items()})
 
 
 # --- hub ---

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 
@@ -27,7 +29,7 @@ AT_ONCE = 64  # images that are processed together
 
 @dataclass(frozen=True)
 class Pixels:
-    """From PIL images, or images as numbers, to model inputs.
+    """From images, as files hold them or as numbers, to model inputs.
 
     Attributes:
         processor: the image processor.
@@ -38,9 +40,13 @@ class Pixels:
     channels: int
 
     def __call__(self, images: Sequence[Any]) -> dict[str, Tensor]:
-        converted = [_convert(image, self.channels) for image in images]
+        converted = [self.picture(image) for image in images]
         options = {"do_convert_rgb": False} if self.channels == 1 else {}
         return dict(self.processor(images=converted, return_tensors="pt", **options))
+
+    def picture(self, image: Any) -> Image.Image:
+        """The image with 8 bits per channel, in gray or RGB as the model wants it."""
+        return image if isinstance(image, Image.Image) else _convert(_open(image), self.channels)
 
 
 class ImageProcess:
@@ -90,7 +96,7 @@ class ImageProcess:
         found: list[Any] = []
         try:
             for image in images.select(range(start, stop)):
-                found.append(_convert(image["image"], self._pixels.channels))  # noqa: PERF401, counted below
+                found.append(self._pixels.picture(image["image"]))  # noqa: PERF401, counted below
         except Exception as error:  # PIL raises nearly everything for broken files
             where = piece.where(start + len(found))
             raise TaskError(f"images must be readable: {one_line(error)}, got {where}") from error
@@ -109,11 +115,13 @@ def _only_images(piece: Piece) -> Dataset:
     feature = rows.features[column]
     if column != "image":
         rows = rows.rename_column(column, "image")
-    if isinstance(feature, (datasets.Image, datasets.Array2D, datasets.Array3D)):
-        return rows
-    encoded = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    encoded = isinstance(feature, datasets.Image) or (
+        isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    )
     if encoded or getattr(feature, "dtype", "") in ("binary", "large_binary"):
-        return rows.cast_column("image", datasets.Image())
+        return rows.cast_column("image", datasets.Image(decode=False))  # see `_open`
+    if isinstance(feature, (datasets.Array2D, datasets.Array3D)):
+        return rows
     number = feature
     while hasattr(number, "feature"):
         number = number.feature
@@ -125,11 +133,23 @@ def _only_images(piece: Piece) -> Dataset:
     )
 
 
-def _convert(image: Any, channels: int) -> Image.Image:
-    """A PIL image with 8 bits per channel, gray or RGB; transparency is dropped."""
+def _open(image: Any) -> Image.Image:
+    """The PIL image of a file, upright, or of numbers.
+
+    Files are opened here and not by `datasets`, which leaves those open that are broken or have more frames.
+    """
     if image is None:
         raise ValueError("every row must have an image, got None")
-    picture = image if isinstance(image, Image.Image) else _from_numbers(image)
+    if not isinstance(image, dict):
+        return _from_numbers(image)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # odd metadata and the like: it can be read or not
+        with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
+            return ImageOps.exif_transpose(opened)
+
+
+def _convert(picture: Image.Image, channels: int) -> Image.Image:
+    """The image with 8 bits per channel, gray or RGB; transparency is dropped."""
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         values = np.asarray(picture, dtype=np.float64)
         if values.max(initial=0) > 255:
