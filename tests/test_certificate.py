@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def test_a_radius_above_an_absolute_bound_is_found_out(factor: float, tmp_path: 
     )
     with torch.no_grad():  # every singular value at its bound
         for layer in nblora_layers(model, "default").values():
-            layer.nblora_angle["default"].weight.fill_(torch.pi / 2)
+            layer.nblora_angle["default"].weight.fill_(torch.pi / 2 / math.sqrt(layer.out_in_features[0]))
     model.save_pretrained(tmp_path)
     honest = certify(tmp_path)
     assert honest.holds

@@ -287,16 +287,28 @@ def test_bound_is_kept_at_any_temperature(
     assert_inside(update, free, norm, radius, temperature)
 
 
+def test_huge_angles_are_no_nan() -> None:
+    free = random_start(8, 6, 4, norm=Spectral(), parametrization="svd")
+    huge = torch.full((4,), torch.finfo(torch.float32).max)
+    update = bounded_update(
+        FreeParameters(free.out, free.into, huge),
+        norm=Spectral(),
+        radius=torch.ones(()),
+        parametrization="svd",
+    )
+    assert update.dense().isfinite().all()
+
+
 @every_norm
 def test_spectrum_of_the_svd_parametrization_can_be_read_off(norm: Norm) -> None:
-    """MATH.md §3: |s_j sin(phi_j)| are the singular values."""
+    """MATH.md §3: |s_j sin(phi_j)| are the singular values; an angle is in units of 1/sqrt(m)."""
     free = random_start(8, 6, 4, norm=norm, parametrization="svd", dtype=torch.float64)
     assert free.angle is not None
     free = FreeParameters(free.out, free.into, 5 * torch.randn_like(free.angle), free.logits)
     radius = radii((), torch.float64)
     update = bounded_update(free, norm=norm, radius=radius, parametrization="svd")
     assert free.angle is not None
-    read_off = (norm.scales(free.logits, radius, 4) * free.angle.sin()).abs()
+    read_off = (norm.scales(free.logits, radius, 4) * (free.angle * math.sqrt(8)).sin()).abs()
     torch.testing.assert_close(update.singular_values(), read_off.sort(descending=True).values)
 
 
