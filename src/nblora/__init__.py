@@ -17,9 +17,14 @@ from typing import TYPE_CHECKING, Any
 from nblora import _registration
 
 if TYPE_CHECKING:
+    from nblora.callbacks import BoundUseWarning as BoundUseWarning
+    from nblora.callbacks import NBLoraCallback as NBLoraCallback
     from nblora.certificate import Certificate as Certificate
     from nblora.certificate import certify as certify
     from nblora.checkpoints import export_lora as export_lora
+    from nblora.comparison import compare as compare
+    from nblora.suggestion import suggest as suggest
+    from nblora.training import finetune as finetune
     from nblora.tuner import NBLoraConfig as NBLoraConfig
     from nblora.tuner import NBLoraModel as NBLoraModel
     from nblora.tuner import RunawayWarning as RunawayWarning
@@ -27,9 +32,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BoundUseWarning": "nblora.callbacks",
     "Certificate": "nblora.certificate",
+    "NBLoraCallback": "nblora.callbacks",
     "certify": "nblora.certificate",
+    "compare": "nblora.comparison",
     "export_lora": "nblora.checkpoints",
+    "finetune": "nblora.training",
+    "suggest": "nblora.suggestion",
     "NBLoraConfig": "nblora.tuner",
     "NBLoraModel": "nblora.tuner",
     "RunawayWarning": "nblora.tuner",

@@ -427,6 +427,90 @@ def compare(
     )
 
 
+@app.command(context_settings=_JOB_OPTIONS)
+def suggest(
+    context: typer.Context,
+    model: _Model = None,
+    task: _Task = None,
+    data: _Data = None,
+    keep: _Keep = None,
+    norm: Annotated[
+        str | None, typer.Option(help="spectral, frobenius, nuclear, ky-fan-q or a number p >= 1.")
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", help="Rank of the updates.")] = None,
+    config: _Config = None,
+    column: _Column = None,
+    keep_column: _KeepColumn = None,
+    max_length: _MaxLength = None,
+    max_train_samples: _MaxTrain = None,
+    max_eval_samples: _MaxEval = None,
+    seed: Annotated[int | None, typer.Option(help="Of the data split, the start and the training.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of each short training.")] = 60,
+) -> None:
+    """Propose a learning rate and a bound for `nblora finetune`, from a short probe.
+
+    Trains a few steps at each of several learning rates, then at several bounds. With --keep the bound
+    balances what is learned and what is kept; without it, it is the smallest that hardly limits
+    learning. Further options: --train.NAME VALUE, --adapter.NAME VALUE and --load.NAME VALUE as for
+    `nblora finetune`. Writes nothing.
+    """
+    with _one_line_errors():
+        _needs("A probe", "transformers", "accelerate", "datasets", "yaml", extra="train")
+        from nblora.settings import dotted_options, overlay, read_yaml
+
+        options = dotted_options(context.args, ("train", "adapter", "load"))
+        options["adapter"].update(_given(norm=_number(norm), r=r))
+        settings = overlay(
+            {} if config is None else read_yaml(config),
+            _given(
+                model=model,
+                task=task,
+                data=data,
+                keep=keep,
+                columns=_roles("--column", column),
+                keep_columns=_roles("--keep-column", keep_column),
+                max_length=max_length,
+                max_train_samples=max_train_samples,
+                max_eval_samples=max_eval_samples,
+                seed=seed,
+                **options,
+            ),
+        )
+        from nblora.suggestion import suggest
+
+        _quiet_libraries()
+        console = Console()
+        columns = TextColumn("Probing"), BarColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console, transient=True) as progress:
+            bar = progress.add_task("Probing", total=1)
+            found = suggest(
+                settings,
+                steps=steps,
+                advance=lambda step, last: progress.update(bar, completed=step, total=last),
+            )
+    title = "accuracy" if found.metric == "accuracy" else "nats per token (less is better)"
+    table = Table("learning rate", "bound", f"target {title}", f"kept {title}", box=SIMPLE_HEAD)
+    for probe in (found.before, *found.rates, *found.bounds):
+        scores = (
+            "" if score is None else _shown(score, found.metric) for score in (probe.target, probe.kept)
+        )
+        before = probe is found.before
+        table.add_row(
+            "before" if before else f"{probe.learning_rate:g}", "" if before else f"{probe.bound:g}", *scores
+        )
+    console.print(table)
+    console.print(
+        f"Suggested after {found.steps} steps each: --bound {found.bound:g} "
+        f"--train.learning_rate {found.learning_rate:g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _shown(score: float, metric: str) -> str:
+    return f"{score:.1%}" if metric == "accuracy" else f"{-score:.4f}"
+
+
 def _given(**options: Any) -> dict[str, Any]:
     """The options that the user gave."""
     return {name: value for name, value in options.items() if value is not None and value != {}}

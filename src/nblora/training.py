@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -51,7 +51,7 @@ from nblora.settings import (
     training_arguments,
     write_yaml,
 )
-from nblora.tasks import TASKS, BaseModel, TaskData, load_base_model, prepare
+from nblora.tasks import TASKS, BaseModel, Task, TaskData, load_base_model, prepare
 from nblora.tuner import NBLoraConfig
 
 DEFAULT_ARGUMENTS: dict[str, Any] = {
@@ -148,7 +148,7 @@ class FinetuneConfig:
     def prepare(self) -> TaskData:
         """The data, ready for a Trainer."""
         return prepare(
-            self.task,
+            cast(Task, self.task),  # `of` has checked it
             self.model,
             self.data,
             self.keep,
