@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -381,6 +382,7 @@ class PretendedRay(types.ModuleType):
         self.initialised: dict[str, Any] = {}
         self.options_given: dict[str, Any] = {}
         self.cancelled: list[Any] = []
+        self.nowhere = False
 
         class RayError(Exception):
             pass
@@ -388,7 +390,7 @@ class PretendedRay(types.ModuleType):
         self.exceptions = types.SimpleNamespace(RayError=RayError)
 
     def init(self, **options: Any) -> None:
-        if options["address"] == "nowhere:1":
+        if options["address"] == "auto" and self.nowhere:
             raise ConnectionError("Could not find any\nrunning Ray instance")
         self.initialised = options
 
@@ -433,8 +435,8 @@ def pretended_ray(monkeypatch: pytest.MonkeyPatch) -> PretendedRay:
 
 
 def test_ray_gets_jobs_with_their_resources_and_loses_one(pretended_ray: PretendedRay) -> None:
-    executor = RayExecutor("10.0.0.1:6379", threads=3, gpus=0.5)
-    assert pretended_ray.initialised["address"] == "10.0.0.1:6379"
+    executor = RayExecutor(threads=3, gpus=0.5)
+    assert pretended_ray.initialised["address"] == "auto"
     records = list(executor.run([job("first"), job("second", "die"), job("third")]))
     assert pretended_ray.options_given == {"num_cpus": 3, "num_gpus": 0.5, "max_retries": 0}
     assert records[0] == {"name": "third", "threads": 3}, "in the order in which they are done"
@@ -452,11 +454,27 @@ def test_a_consumer_that_stops_early_cancels_what_ray_has(pretended_ray: Pretend
 
 
 def test_a_cluster_that_is_not_there_is_one_line(pretended_ray: PretendedRay) -> None:
+    pretended_ray.nowhere = True
     with pytest.raises(ConnectionError) as caught:
-        RayExecutor("nowhere:1")
+        RayExecutor()
     assert str(caught.value) == (
-        "the Ray cluster must be reachable, got 'nowhere:1': Could not find any running Ray instance"
+        "the Ray cluster must be reachable, got 'auto': Could not find any running Ray instance"
     )
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_at_which_nothing_listens_is_refused_at_once(
+    pretended_ray: PretendedRay, scheme: str
+) -> None:
+    """Ray itself tries for minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+        RayExecutor(address)
+        assert pretended_ray.initialised["address"] == address
+    pretended_ray.initialised = {}
+    with pytest.raises(ConnectionError, match=f"must be reachable, got '{address}': .*refused"):
+        RayExecutor(address)
+    assert pretended_ray.initialised == {}
 
 
 def real_task(job: dict[str, Any], threads: int) -> dict[str, Any]:

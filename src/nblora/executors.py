@@ -9,7 +9,9 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -233,6 +235,7 @@ class RayExecutor:
         self._resources = {"num_cpus": threads, "num_gpus": gpus, "max_retries": 0}
         self._threads = threads
         try:
+            _check_reachable(address)
             ray.init(
                 address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR
             )
@@ -259,6 +262,13 @@ class RayExecutor:
         finally:
             for reference in pending:
                 self._ray.cancel(reference, force=True)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise an OSError where nothing listens, of which Ray itself is sure only after minutes."""
+    place = re.fullmatch(r"(?:ray://)?([^/:]+):(\d+)", address)
+    if place:
+        socket.create_connection((place[1], int(place[2])), timeout=10).close()
 
 
 def _execute_with_threads(job: Job, threads: int) -> Record:
