@@ -141,7 +141,7 @@ def language_finetuning(**changes: Any) -> dict[str, Any]:
     return finetuning() | changed | changes
 
 
-METHODS = {  # label, best learning rate, best target, how narrow, kept there, how much a decade above it loses
+METHODS = {  # label, best learning rate, best target, how narrow, kept there, lost a decade above it
     "lora": ("LoRA", 0.003, 0.905, 0.55, 0.62, 0.55),
     "nblora": ("NB-LoRA", 0.015, 0.868, 0.16, 0.93, 0.01),
     "nblora-svd": ("NB-LoRA svd", 0.02, 0.86, 0.2, 0.92, 0.02),

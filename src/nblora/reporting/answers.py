@@ -191,6 +191,9 @@ def answer_sentence(comparison: Mapping[str, Any]) -> str:
     if not kept:
         return f"{choice} learns most: {target}."
     both = f"{target} and {shown['kept'].phrase(picked['kept']['mean'])}"
+    before = look_up(comparison, "before", "kept")
+    if comparison["metric"] == "accuracy" and finite_number(before) is not None:
+        both += f", of {shown['kept'].measure(before)} before"
     leader = max(ranked, key=lambda pair: float(pair[1]["target"]["mean"]))[0]
     if leader is entry:
         return f"{choice} is best on the target, and on target and kept together: {both}."
@@ -245,11 +248,10 @@ def further_sentences(comparison: Mapping[str, Any]) -> list[str]:
         worst.sort(key=lambda pair: -pair[0])
         (best_score, safest), (next_score, follower), (last_score, last) = worst[0], worst[1], worst[-1]
         line = (
-            f"At its worst anywhere in the grid, {label_of(safest)} still has "
-            f"{shown[score].phrase(best_score)}; next is {label_of(follower)} with "
-            f"{shown[score].measure(next_score)}"
+            f"Worst run anywhere in the grid: {label_of(safest)} {shown[score].phrase(best_score)}, "
+            f"then {label_of(follower)} {shown[score].measure(next_score)}"
         )
         if len(worst) > 2:
-            line += f", last {label_of(last)} with {shown[score].measure(last_score)}"
+            line += f", and last {label_of(last)} {shown[score].measure(last_score)}"
         lines.append(f"{line}.")
     return lines

@@ -33,6 +33,7 @@ from nblora.reporting.words import (
     listed,
     look_up,
     plural,
+    rate_labels,
     rate_text,
 )
 
@@ -147,7 +148,7 @@ def _heat_family(comparison: Mapping[str, Any], along: str) -> dict[str, Any] | 
         "along": along,
         "title": f"{along.capitalize()} × learning rate",
         "caption": caption,
-        "columns": [rate_text(rate) for rate in columns],
+        "columns": rate_labels(columns),
         "scales": [
             {
                 "title": shown[score].title,

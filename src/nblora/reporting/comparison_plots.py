@@ -42,6 +42,7 @@ def curve_plot(comparison: Mapping[str, Any], score: Score) -> Plot | None:
         key=lambda found: found[0],
     )
     off = count_outside(values[::2], ends)
+    lost = any(setting.lost_in_words for curve in curves for setting in curve.settings)
     reference = comparison["reference"]
     return Plot(
         name=f"{score}-by-learning-rate",
@@ -50,7 +51,12 @@ def curve_plot(comparison: Mapping[str, Any], score: Score) -> Plot | None:
         f"{best[1].style.label} at {rate_text(best[2].learning_rate)} with {scale.measure(best[0])}.",
         caption=f"Rank {reference['rank']}, {epochs_text(reference['epochs'])}; lines are means over the "
         "seeds, bands go from the worst seed to the best."
-        + (f" {plural(off, 'value')} beyond the axis: double-click the figure to see all." if off else ""),
+        + (" Crosses at the bottom: runs that diverged or failed." if lost else "")
+        + (
+            f" {plural(off, 'value')} beyond the axis: the figure's Autoscale button shows all."
+            if off
+            else ""
+        ),
         data=data,
         layout=layout_of(
             "learning rate",
@@ -141,9 +147,8 @@ def trade_off_plot(comparison: Mapping[str, Any]) -> Plot | None:
     before = comparison.get("before") or {}
     start = (finite_number(before.get("target")), finite_number(before.get("kept")))
     ends = trade_off_ends(found, start, shown)
-    data: list[dict[str, Any]] = []
-    for front in found:
-        data += _front_traces(front, shown)
+    layers = zip(*(_front_traces(front, shown) for front in reversed(found)))
+    data: list[dict[str, Any]] = [trace for layer in layers for trace in layer]
     if start[0] is not None and start[1] is not None:
         data.append(
             {
@@ -170,7 +175,7 @@ def trade_off_plot(comparison: Mapping[str, Any]) -> Plot | None:
         caption="Small marks are runs, a line is a method's front: the runs that none of its others beats on "
         "both. A large outlined mark is what a user would pick on target validation, mean over the seeds, "
         f"at rank {reference['rank']} and {epochs_text(reference['epochs'])}."
-        + (f" {plural(off, 'run')} beyond the axes: double-click the figure to see all." if off else ""),
+        + (f" {plural(off, 'run')} beyond the axes: the figure's Autoscale button shows all." if off else ""),
         data=data,
         layout=layout_of(
             shown["target"].title,
@@ -183,6 +188,7 @@ def trade_off_plot(comparison: Mapping[str, Any]) -> Plot | None:
 
 
 def _front_traces(front: Front, shown: Mapping[Score, Scale]) -> list[dict[str, Any]]:
+    """Three layers, the last on top: the runs, the front, and what was picked."""
     style = front.style
     meta, name = {"method": style.method}, plotly_text(style.label)
 
@@ -216,20 +222,20 @@ def _front_traces(front: Front, shown: Mapping[Score, Scale]) -> list[dict[str, 
             ],
         },
     ]
-    if front.picked:
-        traces.append(
-            placed([front.picked])
-            | {
-                "mode": "markers",
-                "marker": {
-                    "symbol": style.marker[0],
-                    "size": 14,
-                    "color": style.color,
-                    "line": {"color": "--text", "width": 2},
-                },
-                "hovertext": [
-                    f"<b>{name}</b>, picked<br>{front.picked_text}<br>{both_text(front.picked, shown)}"
-                ],
-            }
-        )
+    picked = [front.picked] if front.picked else []
+    traces.append(
+        placed(picked)
+        | {
+            "mode": "markers",
+            "marker": {
+                "symbol": style.marker[0],
+                "size": 14,
+                "color": style.color,
+                "line": {"color": "--text", "width": 2},
+            },
+            "hovertext": [
+                f"<b>{name}</b>, picked<br>{front.picked_text}<br>{both_text(pair, shown)}" for pair in picked
+            ],
+        }
+    )
     return traces

@@ -134,7 +134,7 @@ def _cards(metrics: Mapping[str, Any], certificate: Certificate) -> list[dict[st
         {
             "name": "Training",
             "value": duration_text(metrics.get("seconds")),
-            "detail": f"{_trainable_share(metrics)} of the parameters",
+            "detail": f"{_trainable_share(metrics)} of the parameters trained",
             "state": "",
         }
     )
@@ -225,7 +225,7 @@ def _finetune_facts(metrics: Mapping[str, Any], certificate: Certificate) -> lis
 _MEASURES = {
     "accuracy": ("accuracy", 100, 1, "\u00a0%"),
     "f1": ("F1, macro", 100, 1, "\u00a0%"),
-    "nats": ("nats per token (lower is better)", 1, 3, ""),
+    "nats": ("nats per {unit} (lower is better)", 1, 3, ""),
     "perplexity": ("perplexity (lower is better)", 1, 2, ""),
 }
 
@@ -246,7 +246,7 @@ def _score_table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         ]
         if all(value is None for pair in scores for value in pair):
             continue
-        row = [label]
+        row = [label.format(unit="sample" if metrics["task"] in ("seq-cls", "image-cls") else "token")]
         for pair in scores:
             before, after = (None if (n := finite_number(value)) is None else factor * n for value in pair)
             row += [

@@ -10,7 +10,7 @@ from typing import Any
 
 from nblora.certificate import Certificate, LayerCertificate
 from nblora.reporting.looks import Style
-from nblora.reporting.plots import LEGEND_LEFT, Plot, before_line, layout_of, plotly_text, wrapped_name
+from nblora.reporting.plots import Plot, before_line, layout_of, plotly_text, wrapped_name
 from nblora.reporting.sweep import both_text
 from nblora.reporting.words import (
     Scale,
@@ -93,6 +93,8 @@ def spectrum_plot(certificate: Certificate) -> Plot | None:
                 "hovertext": [text for _, _, text in broken],
             }
         )
+    # few layers are not drawn as wide as the page
+    middle, room = (len(layers) + 1) / 2, max(len(layers) + 0.2, 8) / 2
     highest = max([100.0, *(y for _, y, _ in broken)])
     line = before_line(100, "bound")
     line["shapes"][0]["line"] = {"color": "--series-2", "width": 2}
@@ -108,7 +110,7 @@ def spectrum_plot(certificate: Certificate) -> Plot | None:
             "layer",
             "% of the bound",
             x={
-                "range": [0.4, len(layers) + 0.6],
+                "range": [middle - room, middle + room],
                 "showgrid": False,
                 "tickformat": "d",
                 **({"dtick": 1} if len(layers) <= 8 else {}),
@@ -186,7 +188,6 @@ def depth_plot(certificate: Certificate) -> Plot | None:
             x={"tickformat": "d", **({"dtick": 1} if len(data[0]["x"]) <= 12 else {})},
             y={"rangemode": "tozero"},
             showlegend=True,
-            legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.22, "yanchor": "top"},
         ),
         height=400,
     )
@@ -278,7 +279,6 @@ def scores_plot(metrics: Mapping[str, Any]) -> Plot | None:
             x={"rangemode": "tozero"},
             y={},
             showlegend=len(data) > 1,
-            legend=LEGEND_LEFT,
         ),
     )
 
@@ -430,7 +430,7 @@ def _padded(values: Sequence[float | None], scale: Scale) -> list[float]:
     room = max(0.14 * (high - low), 5.0 if scale.unit == "%" else 0.05)
     low, high = low - room, high + room
     if scale.unit == "%":
-        low, high = max(low, -4.0), min(high, 104.0)
+        low, high = max(low, -2.0), min(high, 101.0)
     return [low, high] if scale.higher_is_better else [high, low]
 
 

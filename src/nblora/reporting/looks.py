@@ -11,7 +11,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "--muted": ("#59606a", "#a7afba"),
     "--line": ("#dfe2e6", "#343a42"),
     "--grid": ("#e6e8eb", "#2d3239"),
-    "--axis": ("#8b929c", "#7d8590"),
+    "--axis": ("#858c96", "#7d8590"),
     "--link": ("#1a56b0", "#8ab8ff"),
     "--good": ("#0a6b4b", "#55d0a4"),
     "--bad": ("#b3261e", "#ff8f87"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nblora.certificate import finite
-from nblora.reporting.words import rate_text
+from nblora.reporting.words import rate_labels
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ def _axis(**choices: Any) -> dict[str, Any]:
         "linecolor": "--axis",
         "tickcolor": "--axis",
         "zeroline": False,
-        "automargin": True,
         "ticks": "outside",
         "ticklen": 4,
         **choices,
@@ -70,9 +69,11 @@ def layout_of(
         "plot_bgcolor": "rgba(0,0,0,0)",
         "margin": {"l": 40, "r": 14, "t": 34, "b": 44},
         "xaxis": _axis(
-            title={"text": plotly_text(x_title), "font": {"color": "--muted"}, "standoff": 8}, **x
+            title={"text": plotly_text(x_title), "font": {"color": "--muted", "size": 13}, "standoff": 8},
+            automargin="bottom",
+            **x,
         ),
-        "yaxis": _axis(**y),
+        "yaxis": _axis(automargin="left", **y),
         "hoverlabel": {
             "bgcolor": "--card",
             "bordercolor": "--axis",
@@ -81,7 +82,7 @@ def layout_of(
         },
         "hovermode": "closest",
         "showlegend": False,
-        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.01, "yanchor": "bottom"},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.22, "yanchor": "top"},
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "--muted", "activecolor": "--text"},
         "annotations": annotations,
         **more,
@@ -112,7 +113,7 @@ def rate_axis(rates: Iterable[float]) -> dict[str, Any]:
     values = sorted({rate for rate in rates if rate > 0})
     axis: dict[str, Any] = {"type": "log"}
     if len(values) <= 9:
-        axis |= {"tickvals": values, "ticktext": [rate_text(rate) for rate in values]}
+        axis |= {"tickvals": values, "ticktext": rate_labels(values)}
     return axis
 
 
@@ -142,9 +143,9 @@ def before_line(level: float | None, words: str) -> dict[str, Any]:
                 "y": level,
                 "yanchor": "bottom",
                 "font": {"color": "--muted", "size": 12},
+                "bgcolor": "--card",
+                "borderpad": 0,
+                "opacity": 0.9,
             }
         ],
     }
-
-
-LEGEND_LEFT = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.22, "yanchor": "top"}

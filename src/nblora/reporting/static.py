@@ -21,7 +21,7 @@ from nblora.reporting.sweep import (
     unbroken_parts,
     visible_range,
 )
-from nblora.reporting.words import finite_number, rate_text
+from nblora.reporting.words import finite_number, rate_labels, rate_text
 
 
 def comparison_figures(comparison: Mapping[str, Any], folder: PathLike) -> list[Path]:
@@ -50,10 +50,11 @@ def comparison_figures(comparison: Mapping[str, Any], folder: PathLike) -> list[
     for name, figure in figures.items():
         if figure is None:
             continue
-        for suffix in ("png", "svg"):
+        for suffix in ("png", "svg"):  # the second has the layout of the first, which takes long to find
             with atomic_file(folder / f"{name}.{suffix}") as file:
                 figure.savefig(file, format=suffix, dpi=150)
             written.append(folder / f"{name}.{suffix}")
+            figure.set_layout_engine("none")
     return written
 
 
@@ -177,6 +178,9 @@ def _draw_heat_maps(comparison: Mapping[str, Any]) -> Any:
     shown, found = scales_of(comparison), shared_maps(comparison, "rank")
     if not found:
         return None
+    from matplotlib.colors import ListedColormap
+
+    colors = ListedColormap([color for color, _ in HEAT])
     scores = list(found)
     count = len(found[scores[0]])
     figure = _figure(4.8 * len(scores), 0.5 + 1.5 * count)
@@ -185,18 +189,19 @@ def _draw_heat_maps(comparison: Mapping[str, Any]) -> Any:
         ends = heat_ends(found[score], shown[score])
         for i, heat_map in enumerate(found[score]):
             axes = grid[i][j]
-            for y, row in enumerate(heat_map.cells):
-                for x, setting in enumerate(row):
-                    level, text = heat_cell(setting, score, shown[score], ends)
-                    color, ink = ("#ffffff", "#000000") if level is None else HEAT[level]
-                    axes.add_patch(_rectangle(x, y, color))
-                    axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=8)
+            cells = [
+                [heat_cell(setting, score, shown[score], ends) for setting in row] for row in heat_map.cells
+            ]
+            levels = [[math.nan if level is None else level for level, _ in row] for row in cells]
+            axes.pcolormesh(levels, cmap=colors, vmin=-0.5, vmax=len(HEAT) - 0.5, edgecolors="w", linewidth=2)
+            for y, row in enumerate(cells):
+                for x, (level, text) in enumerate(row):
+                    ink = "#000000" if level is None else HEAT[level][1]
+                    axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=ink, fontsize=8)
             axes.set(
-                xlim=(-0.5, len(heat_map.columns) - 0.5),
-                ylim=(-0.5, len(heat_map.rows) - 0.5),
-                xticks=range(len(heat_map.columns)),
-                xticklabels=[rate_text(rate) for rate in heat_map.columns],
-                yticks=range(len(heat_map.rows)),
+                xticks=[x + 0.5 for x in range(len(heat_map.columns))],
+                xticklabels=rate_labels(heat_map.columns),
+                yticks=[y + 0.5 for y in range(len(heat_map.rows))],
                 yticklabels=[rate_text(value) for value in heat_map.rows],
                 ylabel=heat_map.along,
             )
@@ -206,9 +211,3 @@ def _draw_heat_maps(comparison: Mapping[str, Any]) -> Any:
                 side.set_visible(False)
         grid[-1][j].set_xlabel("learning rate")
     return figure
-
-
-def _rectangle(x: int, y: int, color: str) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=color)

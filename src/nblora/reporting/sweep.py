@@ -319,8 +319,17 @@ def unbroken_parts(points: Sequence[tuple[float, Spread | None]]) -> list[list[t
 def trade_off_ends(
     found: Sequence[Front], start: tuple[float | None, float | None], shown: Mapping[Score, Scale]
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(worst, best) ends of the target's and of the kept axis."""
-    targets, kepts = zip(*(pair for front in found for pair in front.pairs), start)
+    """(worst, best) ends of the target's and of the kept axis.
+
+    Accuracies have room for every run; of nats, which fall without limit, only what matters: the
+    fronts, what was picked, and where training started.
+    """
+    if shown["target"].unit == "%":
+        pairs = [pair for front in found for pair in front.pairs]
+    else:
+        picked = [front.picked for front in found if front.picked]
+        pairs = [*(pair for front in found for pair in front.points), *picked]
+    targets, kepts = zip(*pairs, start)
     return (
         visible_range([shown["target"].shown(score) for score in targets], shown["target"]),
         visible_range([shown["kept"].shown(score) for score in kepts], shown["kept"]),

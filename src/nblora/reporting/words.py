@@ -39,6 +39,14 @@ def rate_text(value: Any) -> str:
     return f"{number:g}"
 
 
+def rate_labels(rates: Sequence[float]) -> list[str]:
+    """Learning rates beside each other: all of them with an exponent where one of them needs it."""
+    if not any(0 < rate < 1e-3 for rate in rates):
+        return [rate_text(rate) for rate in rates]
+    parts = [f"{rate:.3e}".partition("e") for rate in rates]
+    return [f"{float(mantissa):g}e{int(exponent)}" for mantissa, _, exponent in parts]
+
+
 def duration_text(value: Any) -> str:
     seconds = finite_number(value)
     if seconds is None:

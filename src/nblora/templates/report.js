@@ -10,8 +10,8 @@
     showLink: false,
     plotlyServerURL: "",
     topojsonURL: "",
-    doubleClick: "autosize",
-    modeBarButtons: [["toImage", "resetScale2d"]],
+    doubleClick: touch.matches ? false : "reset+autosize", // one tap may count as two clicks
+    modeBarButtons: [["toImage", "autoScale2d", "resetScale2d"]],
   };
   const plots = [...document.querySelectorAll(".plot")].map((box) => ({
     box,
@@ -39,10 +39,10 @@
       for (const trace of data) {
         if (trace.meta && hidden.has(trace.meta.method)) trace.visible = false;
       }
-      layout.font.family = getComputedStyle(document.body).fontFamily;
+      layout.font.family = layout.hoverlabel.font.family = getComputedStyle(document.body).fontFamily;
       layout.dragmode = touch.matches ? false : "zoom"; // a finger scrolls the page
       layout.datarevision = `${dark.matches}${paper}${[...hidden]}`;
-      if (paper) layout.width = Math.min(paper, box.clientWidth || paper);
+      if (paper) layout.width = paper;
       const name = box.dataset.figure.replace(/^figure-/, "");
       const options = { ...config, toImageButtonOptions: { format: "png", scale: 2, filename: name } };
       window.Plotly.react(box, data, layout, options);
@@ -96,7 +96,7 @@
       details.open = true;
       closed.push(details);
     }
-    paper = 640;
+    paper = 640; // A4 and Letter have a little more between the margins
     draw();
   });
   addEventListener("afterprint", () => {
@@ -104,6 +104,7 @@
     for (const details of closed.splice(0)) details.open = false;
     paper = null;
     draw();
+    for (const { box } of plots) window.Plotly.Plots.resize(box);
   });
   dark.addEventListener("change", draw);
   draw();
