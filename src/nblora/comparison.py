@@ -9,18 +9,20 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import math
+import numbers
+import re
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 import nblora
 from nblora.certificate import finite
@@ -51,7 +53,8 @@ class ComparisonConfig:
         model, task, data, keep, train, load, columns, keep_columns, max_length, max_train_samples,
             max_eval_samples: as in `nblora.training.FinetuneConfig`, the same for every run.
         methods: names (see `nblora.methods.find_method`), or a mapping from names of your own to
-            `{method: NAME, label: ..., further fields of its configuration}`.
+            `{method: NAME, label: ..., further fields of its configuration}`. A bound there takes the
+            place of the axis.
         learning_rates, ranks, epochs, bounds, seeds: the axes.
         grid: "full": every combination. "star": ranks at the reference's epochs, epochs at the
             reference's rank.
@@ -94,16 +97,16 @@ class ComparisonConfig:
 
         check_names(settings, [f.name for f in dataclasses.fields(ComparisonConfig)], "a setting")
         values = dict(settings)
+        try:
+            json.dumps({name: value for name, value in values.items() if name not in _AXES})
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"settings must be text, numbers, lists and mappings: {error}") from error
         shared = {name: value for name, value in values.items() if name in _JOB}
         FinetuneConfig.of(shared)  # its rules hold for every run
+        if not isinstance(values.get("keep"), (str, type(None))):
+            raise SettingsError(f"keep must be a file, a folder or a hub name, got {values['keep']!r}")
         values["methods"] = _methods(values.get("methods", ["nblora", "lora"]))
-        for name, kind in (
-            ("learning_rates", float),
-            ("epochs", float),
-            ("bounds", float),
-            ("ranks", int),
-            ("seeds", int),
-        ):
+        for name, kind in _AXES.items():
             if name in values:
                 values[name] = _axis(name, values[name], kind)
         config = ComparisonConfig(**values)
@@ -115,18 +118,23 @@ class ComparisonConfig:
                     f"train.{name} is an axis of the comparison or set by it: use --epochs, --learning-rates "
                     "or --seeds"
                 )
-        if not isinstance(config.tolerance, (int, float)) or not 0 <= config.tolerance < math.inf:
-            raise SettingsError(f"tolerance must be a number >= 0, got {config.tolerance!r}")
+        _check_arguments(config.train)
+        tolerance = config.tolerance
+        if not _is_number(tolerance) or not 0 <= tolerance < math.inf:
+            raise SettingsError(f"tolerance must be a number >= 0, got {tolerance!r}")
+        (data_seed,) = _axis("data_seed", [config.data_seed], int)
+        if not isinstance(config.reference, Mapping):
+            raise SettingsError(f"reference must map rank and epochs to values, got {config.reference!r}")
         reference = {
             "rank": config.ranks[len(config.ranks) // 2],
             "epochs": config.epochs[len(config.epochs) // 2],
             **config.reference,
         }
-        check_names(reference, ["rank", "epochs"], "the reference")
+        check_names(reference, ["rank", "epochs"], "a setting of the reference")
         for name, axis in (("rank", config.ranks), ("epochs", config.epochs)):
             if reference[name] not in axis:
                 raise SettingsError(f"the reference's {name} must be one of {axis}, got {reference[name]!r}")
-        return dataclasses.replace(config, reference=reference)
+        return dataclasses.replace(config, reference=reference, data_seed=data_seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that YAML can hold and `of` reads, without those that are empty."""
@@ -136,15 +144,18 @@ class ComparisonConfig:
         }
         return {name: value for name, value in values.items() if value not in (None, {}, [])}
 
-    def job(self, setting: Setting) -> dict[str, Any]:
-        """All that determines one run."""
-        shared = {name: getattr(self, name) for name in _JOB}
+    def shared(self, seed: int) -> dict[str, Any]:
+        """What all runs of a seed have in common."""
+        shared = {name: getattr(self, name) for name in (*_JOB, "data_seed")}
         for name in ("model", "data", "keep"):
             if shared[name] is not None:
-                shared[name] = shared[name].replace("{seed}", str(setting.seed))
+                shared[name] = shared[name].replace("{seed}", str(seed))
+        return shared
+
+    def job(self, setting: Setting) -> dict[str, Any]:
+        """All that determines one run."""
         return {
-            **shared,
-            "data_seed": self.data_seed,
+            **self.shared(setting.seed),
             "setting": dataclasses.asdict(setting),
             "options": dict(self.methods[setting.method]),
         }
@@ -158,6 +169,8 @@ class ComparisonConfig:
                 continue
             ranks: Sequence[int | None] = self.ranks if method.ranked else (None,)
             bounds: Sequence[float | None] = self.bounds if method.bounded else (None,)
+            if method.bounded and "bound" in self.methods[name]:
+                bounds = (self.methods[name]["bound"],)
             for rank, epochs, bound, learning_rate in itertools.product(
                 ranks, self.epochs, bounds, self.learning_rates
             ):
@@ -182,48 +195,89 @@ _JOB = (
 )
 
 
+_AXES: dict[str, type] = {
+    "learning_rates": float,
+    "ranks": int,
+    "epochs": float,
+    "bounds": float,
+    "seeds": int,
+}
+_SEEDS = 2**32  # as many as NumPy has
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _axis(name: str, value: Any, kind: type) -> tuple[Any, ...]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    for item in values:
-        whole = not isinstance(item, bool) and isinstance(item, int)
-        positive = item > 0 if whole or isinstance(item, float) else False
-        zero_is_a_seed = name == "seeds" and whole and item == 0
-        if not (whole or (kind is float and isinstance(item, float) and math.isfinite(item))) or not (
-            positive or zero_is_a_seed
-        ):
-            rule = (
-                "integers >= 0" if name == "seeds" else f"positive {'integers' if kind is int else 'numbers'}"
-            )
+    single = isinstance(value, (str, Mapping)) or not isinstance(value, Iterable)
+    values = []
+    for item in [value] if single else value:
+        whole = isinstance(item, numbers.Integral) and not isinstance(item, bool)
+        if name in ("seeds", "data_seed"):
+            rule, allowed = "integers from 0 to 2^32 - 1", whole and 0 <= item < _SEEDS
+        elif kind is int:
+            rule, allowed = "positive integers", whole and item > 0
+        else:
+            rule, allowed = "positive numbers", _is_number(item) and 0 < item < math.inf
+        if not allowed:
             raise SettingsError(f"{name} must be {rule}, got {item!r}")
+        values.append(int(item) if whole else float(item))
     if not values or len(set(values)) != len(values):
         raise SettingsError(f"{name} must have values, each once, got {values}")
     return tuple(sorted(values))
+
+
+def _check_arguments(train: Mapping[str, Any]) -> None:
+    """Refuse what transformers would refuse in every single run."""
+    from nblora.settings import training_arguments
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        training_arguments({**DEFAULT_ARGUMENTS, **train}, "unused")
 
 
 def _methods(value: Any) -> dict[str, dict[str, Any]]:
     if isinstance(value, str):
         value = [value]
     if isinstance(value, (list, tuple)):
-        entries: dict[str, dict[str, Any]] = {str(name): {} for name in value}
+        if not all(isinstance(name, str) for name in value):
+            raise SettingsError(f"methods must be names or a mapping from names to options, got {value!r}")
+        entries: dict[str, dict[str, Any]] = {name: {} for name in value}
         if len(entries) != len(value):
             raise SettingsError(f"methods must be named once each, got {list(value)}")
     elif isinstance(value, Mapping):
-        entries = {str(name): dict(options or {}) for name, options in value.items()}
+        entries = {}
+        for name, options in value.items():
+            if not isinstance(options, (Mapping, type(None))):
+                raise SettingsError(f"options of method {name!r} must map names to values, got {options!r}")
+            entries[str(name)] = dict(options or {})
     else:
         raise SettingsError(f"methods must be names or a mapping from names to options, got {value!r}")
     if not entries:
         raise SettingsError("methods must have at least one, got none")
     for name, options in entries.items():
+        if not re.fullmatch(r"[\w.+-]([\w .+-]{0,58}[\w.+-])?", name):  # names of files
+            raise SettingsError(
+                "a method's name must be of at most 60 letters, digits, spaces and . _ + - (its label may be "
+                f"anything), got {name!r}"
+            )
         method = _method(name, options)
+        for rank in ("r", "oft_block_size"):
+            if rank in options and method.ranked:
+                raise SettingsError(f"{rank} of method {name!r} is an axis of the comparison: use ranks")
         if method.reason is None:
             method.config(4, 0.3, _own_options(options))
     return entries
 
 
 def _method(name: str, options: Mapping[str, Any]) -> Method:
-    method = find_method(options.get("method", name))
+    base = options.get("method", name)
+    if not isinstance(base, str):
+        raise SettingsError(f"the method of {name!r} must be a name, got {base!r}")
+    method = find_method(base)
     label = options.get("label")
-    if label is None and name != options.get("method", name):
+    if label is None and name != base:
         label = name
     return method if label is None else dataclasses.replace(method, label=str(label))
 
@@ -256,14 +310,20 @@ class Setting:
     def key(self) -> str:
         """A name for files that tells the settings apart."""
         parts = [
-            self.method.replace("/", "_"),
+            self.method,
             *([] if self.rank is None else [f"r{self.rank}"]),
-            f"e{self.epochs:g}",
-            *([] if self.bound is None else [f"b{self.bound:g}"]),
-            f"lr{self.learning_rate:g}",
+            f"e{_digits(self.epochs)}",
+            *([] if self.bound is None else [f"b{_digits(self.bound)}"]),
+            f"lr{_digits(self.learning_rate)}",
             f"s{self.seed}",
         ]
         return "_".join(parts)
+
+
+def _digits(value: float) -> str:
+    """As few digits as tell the number from all others."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def execute(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,8 +340,8 @@ def execute(job: Mapping[str, Any]) -> dict[str, Any]:
     try:
         record.update(_run(job, setting))
     except Exception as error:  # a failed run is a data point
-        lines = str(error).strip().splitlines()
-        record["error"] = f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+        reason = " ".join(str(error).split())
+        record["error"] = f"{type(error).__name__}: {reason}".rstrip(": ")[:500]
         record["traceback"] = traceback.format_exc()
     return record
 
@@ -361,7 +421,8 @@ def _before(job: Mapping[str, Any]) -> dict[str, Any]:
     from nblora.training import BoundedTrainer
 
     data = _data_of(job)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         set_seed(job["setting"]["seed"])
         base = load_base_model(data, job["model"], **job["load"])
         arguments = training_arguments({**DEFAULT_ARGUMENTS, **job["train"]}, folder)
@@ -402,9 +463,10 @@ def compare(
 ) -> dict[str, Any]:
     """Run a comparison, or what of it is not done yet, and write its summary.
 
-    `out_dir` gets `config.yaml`, a file for each run in `runs/`, `comparison.json`, `runs.csv`,
-    `figures/` and `report.html`. With the same folder and more methods, learning rates, ranks, epochs,
-    bounds or seeds, only the new runs are done.
+    `out_dir` gets `config.yaml`, a file for each run in `runs/`, `before.json` (scores of the base
+    model), `comparison.json`, its table as `comparison.csv`, `runs.csv`, `figures/` and `report.html`.
+    With the same folder and more methods, learning rates, ranks, epochs, bounds or seeds, only the new
+    runs are done.
 
     Args:
         settings: as in `ComparisonConfig`.
@@ -423,73 +485,127 @@ def compare(
             comparison.
         KeyboardInterrupt: on Ctrl-C; finished runs are kept.
     """
+    from nblora.reporting import comparison_figures, comparison_report, comparison_rows, require_libraries
+
     if report:
-        from nblora.reporting import comparison_figures, comparison_report
-    config = settings if isinstance(settings, ComparisonConfig) else ComparisonConfig.of(portable(settings))
+        require_libraries()
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("figures need matplotlib: pip install 'nblora[plots]'")
+    given = settings.to_dict() if isinstance(settings, ComparisonConfig) else settings
+    config = ComparisonConfig.of(portable(given))
     out = Path(out_dir)
     wanted = config.settings()
     jobs = {setting.key: config.job(setting) for setting in wanted}
-    finished = {key: record for key in jobs if (record := _finished(out, key, jobs[key], retry_failed))}
-    before = _all_before(config, out, jobs)  # also finds bad data before anything is started
-    out.mkdir(parents=True, exist_ok=True)
+    if not jobs:
+        raise SettingsError(f"methods must have one that can be run, got {', '.join(config.methods)}")
+    if len(jobs) != len(wanted):
+        raise SettingsError(f"names of methods must make different files, got {', '.join(config.methods)}")
+    finished = _finished(config, out, retry_failed)
+    before = _all_before(out, jobs)  # also finds bad data before anything is started
     write_yaml(out / "config.yaml", config.to_dict())
-    total = sum(setting.epochs for setting in wanted)
-    done = sum(setting.epochs for setting in wanted if setting.key in finished)
-    notify = on_run or (lambda record, share: None)
-    notify(None, done / total if total else 1.0)
-    missing = [jobs[setting.key] for setting in wanted if setting.key not in finished]
-    for record in (executor or LocalExecutor()).run(missing):
-        key = Setting(**{f.name: record[f.name] for f in dataclasses.fields(Setting)}).key
-        _write_json(out / "runs" / f"{key}.json", record)
-        finished[key] = record
-        done += record["epochs"]
-        notify(record, done / total)
-    comparison = summarise(config, [finished[setting.key] for setting in wanted], before)
+    total = math.fsum(setting.epochs for setting in wanted)
+
+    def notify(record: Mapping[str, Any] | None) -> None:
+        if on_run is not None:
+            on_run(record, math.fsum(finished[key]["epochs"] for key in jobs if key in finished) / total)
+
+    notify(None)
+    records = (executor or LocalExecutor()).run([jobs[key] for key in jobs if key not in finished])
+    try:
+        for record in records:
+            key = _setting_of(record).key
+            finished[key] = _plain(record)
+            _write_json(out / "runs" / f"{key}.json", finished[key])
+            notify(finished[key])
+    finally:
+        if isinstance(records, Generator):
+            records.close()  # ends what still runs, also where the caller holds on to the error
+    comparison: dict[str, Any] = _plain(summarise(config, [finished[key] for key in jobs], before))
     _write_json(out / "comparison.json", comparison)
-    _write_csv(out / "runs.csv", comparison["runs"])
+    _write_csv(out / "runs.csv", list(RUN_FIELDS), [list(run.values()) for run in comparison["runs"]])
+    _write_csv(out / "comparison.csv", *comparison_rows(comparison))
     if report:
         comparison_figures(comparison, out / "figures")
         comparison_report(comparison, out / "report.html")
     return comparison
 
 
-def _finished(out: Path, key: str, job: Mapping[str, Any], retry_failed: bool) -> dict[str, Any] | None:
-    """The record of a run that is done already."""
-    file = out / "runs" / f"{key}.json"
-    if not file.is_file():
-        return None
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    asked = json.loads(json.dumps(job))
-    if record["job"] != asked:
-        name = next(name for name in asked if record["job"].get(name) != asked[name])
-        raise SettingsError(
-            f"{out} holds runs of another comparison: {name}={record['job'].get(name)!r} there, "
-            f"got {asked[name]!r}; choose another folder"
-        )
-    return None if retry_failed and record["status"] == "failed" else record
+def _setting_of(record: Mapping[str, Any]) -> Setting:
+    return Setting(**{field.name: record[field.name] for field in dataclasses.fields(Setting)})
 
 
-def _all_before(config: ComparisonConfig, out: Path, jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _finished(config: ComparisonConfig, out: Path, retry_failed: bool) -> dict[str, dict[str, Any]]:
+    """Records of the runs that a folder has, by their setting's key.
+
+    What is no record (of a disk that was full, say) counts as not there: that run is done again.
+
+    Raises:
+        SettingsError: if one of them is a run of another comparison.
+    """
+    found = {}
+    for file in sorted((out / "runs").glob("*.json")):
+        record = _read_json(file)
+        try:
+            setting, job = _setting_of(record), record["job"]
+            key, there = setting.key, {**job, "options": _without_label(job["options"])}
+            status = record["status"]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue
+        asked = config.shared(setting.seed)
+        if setting.method in config.methods:
+            asked["options"] = _without_label(config.methods[setting.method])
+        for name, value in _plain(asked).items():
+            if there.get(name) != value:
+                raise SettingsError(
+                    f"{out} holds runs of another comparison: {name}={there.get(name)!r} there, "
+                    f"got {value!r}; choose another folder"
+                )
+        if not (retry_failed and status == "failed"):
+            found[key] = record
+    return found
+
+
+def _without_label(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without the one that changes no result."""
+    return {name: value for name, value in options.items() if name != "label"}
+
+
+def _all_before(out: Path, jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Test scores of the base models, means over those of different seeds."""
-    distinct: dict[str, dict[str, Any]] = {}
+    distinct: dict[str, Mapping[str, Any]] = {}
     for job in jobs.values():
-        distinct.setdefault(json.dumps([job[name] for name in ("model", "data", "keep")]), dict(job))
+        shared = {name: value for name, value in job.items() if name not in ("setting", "options")}
+        distinct.setdefault(json.dumps(shared, sort_keys=True), job)
     file = out / "before.json"
-    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    measured = {key: known.get(key) or _before(job) for key, job in distinct.items()}
-    if not measured:
-        raise SettingsError("the comparison must have a method that can be run, got none")
-    _write_json(file, {**known, **measured})
-    first = next(iter(measured.values()))
+    found = _read_json(file)
+    known: dict[str, Any] = found if isinstance(found, dict) else {}
+    for key, job in distinct.items():
+        if key not in known:
+            known[key] = _plain(_before(job))
+            _write_json(file, known)
+    measured = [known[key] for key in distinct]
     return {
-        **first,
-        **{name: _mean(value[name] for value in measured.values()) for name in ("target", "kept")},
+        **measured[0],
+        **{name: _mean(value[name] for value in measured) for name in ("target", "kept")},
     }
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    return fmean(known) if known else None
+
+
+def _plain(value: Any) -> Any:
+    """The value as it will be read from a file: lists, and None in place of NaN."""
+    return json.loads(json.dumps(finite(value), allow_nan=False))
+
+
+def _read_json(file: Path) -> Any:
+    """What a file holds; None if that is not JSON, or there is no file."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -497,11 +613,9 @@ def _write_json(path: Path, value: Any) -> None:
         file.write_text(json.dumps(finite(value), indent=1, allow_nan=False), encoding="utf-8")
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_csv(path: Path, heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     with atomic_file(path) as file, file.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, list(rows[0]) if rows else ["method"])
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(opened).writerows([heading, *rows])
 
 
 def summarise(
