@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
-import json
 import os
 import shutil
 import sysconfig
@@ -260,26 +259,42 @@ def methods(task: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def settings(task: str, work: Path, *, quick: bool, seeds: Sequence[int]) -> dict[str, Any]:
+def settings(task: str, work: Path, grid: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """The comparison of a task on a grid: "full", "quick", or "defaults" (what else NB-LoRA could be)."""
     folder = str(work / task / "seed-{seed}")
-    shared = {
+    chosen = methods(task)
+    axes: dict[str, Any] = {"learning_rates": RATES, "ranks": [2, 8, 32], "epochs": [1, 5, 20]}
+    if grid == "quick":
+        chosen = {name: chosen[name] for name in ("nblora", "lora")}
+        axes = {"learning_rates": [3e-3, 1e-2, 3e-2, 1e-1], "ranks": [2, 8, 32], "epochs": [5, 20]}
+        if task == "language":
+            axes = {"learning_rates": [1e-3, 3e-3, 1e-2, 3e-2], "ranks": [8], "epochs": [5]}
+    if grid.startswith("defaults"):
+        chosen = {
+            "nblora": {},
+            "cold": {"method": "nblora", "temperature": 0.3, "label": "temperature 0.3"},
+            "warm": {"method": "nblora", "temperature": 3.0, "label": "temperature 3"},
+        }
+        axes = {"learning_rates": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "ranks": [8], "epochs": [5, 20]}
+    if grid == "defaults-decay":
+        chosen = {"nblora": {"label": "weight decay 0.1"}}
+    decay = {"weight_decay": 0.1} if grid == "defaults-decay" else {}
+    return {
         **SHARED[task],
+        **axes,
         "model": f"{folder}/model",
         "data": f"{folder}/target",
         "keep": f"{folder}/keep",
+        "methods": chosen,
         "bounds": [BOUND[task]],
         "grid": "star",
+        "reference": {"rank": 8, "epochs": 5},
         "seeds": list(seeds),
-        "train": {**SHARED[task]["train"], "use_cpu": True, "dataloader_pin_memory": False},
+        "train": {**SHARED[task]["train"], "use_cpu": True, "dataloader_pin_memory": False, **decay},
     }
-    if quick:
-        chosen = {name: methods(task)[name] for name in ("nblora", "lora")}
-        grid = {"learning_rates": [3e-3, 1e-2, 3e-2, 1e-1], "ranks": [2, 8, 32], "epochs": [5, 20]}
-        if task == "language":
-            grid = {"learning_rates": [1e-3, 3e-3, 1e-2, 3e-2], "ranks": [8], "epochs": [5]}
-        return {**shared, **grid, "methods": chosen, "reference": {"rank": 8, "epochs": 5}}
-    grid = {"learning_rates": RATES, "ranks": [2, 8, 32], "epochs": [1, 5, 20]}
-    return {**shared, **grid, "methods": methods(task), "reference": {"rank": 8, "epochs": 5}}
+
+
+SEEDS = {"full": (0, 1, 2), "quick": (0, 1), "defaults": (0,), "defaults-decay": (0,)}
 
 
 # --- gates on the quick vision benchmark ---
@@ -305,7 +320,8 @@ def gates(comparison: Mapping[str, Any]) -> list[tuple[str, float, str, float]]:
             (mean("target", method, r) + mean("kept", method, r)) / 2 for r in (3e-3, 1e-2, 3e-2, 1e-1)
         )
 
-    spread = [mean("target", "nblora", 1e-2, rank) for rank in (2, 8, 32)]
+    best_rate = max((1e-2, 3e-2, 1e-1), key=lambda rate: mean("validation", "nblora", rate))
+    spread = [mean("target", "nblora", best_rate, rank) for rank in (2, 8, 32)]
     unhealthy = sum(run["status"] != "done" for run in runs)
     nb, lora = "nblora", "lora"
     return [
@@ -329,59 +345,142 @@ def holds(value: float, sign: str, limit: float) -> bool:
     return value >= limit if sign == "≥" else value <= limit
 
 
+# --- the documentation's tables ---
+
+
+def table(comparison: Mapping[str, Any]) -> str:
+    """What a comparison found, in Markdown: accuracies in percent, or nats gained and lost."""
+    nats = comparison["metric"] == "nats"
+    before = comparison["before"]
+    seeds = {run["seed"] for run in comparison["runs"]}
+
+    def pair(place: Mapping[str, Any] | None) -> str:
+        if place is None:
+            return "–"
+        target, kept = place["target"]["mean"], place["kept"]["mean"]
+        if nats:
+            return f"{target - before['target']:.3f}/{before['kept'] - kept:.3f}"
+        return f"{100 * target:.1f}/{100 * kept:.1f}"
+
+    def spread(place: Mapping[str, Any]) -> str:
+        target, kept = place["target"]["std"], place["kept"]["std"]
+        return f"{target:.3f}/{kept:.3f}" if nats else f"{100 * target:.1f}/{100 * kept:.1f}"
+
+    def at(places: Sequence[Mapping[str, Any]], rank: int | None, epochs: float) -> Mapping[str, Any] | None:
+        found = [place for place in places if (place["rank"], place["epochs"]) == (rank, epochs)]
+        return found[0] if found else None
+
+    heading = [
+        "method",
+        "r 8, 5 epochs (rate)",
+        "± seeds",
+        "r 8, 20 epochs",
+        "that rate at r 2 · r 32 · 20 epochs",
+        "mean of all settings",
+        "worst lost of all settings" if nats else "worst kept of all settings",
+        "near best",
+        "hypervolume",
+        "s",
+    ]
+    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
+    for entry in comparison["methods"]:
+        if not entry["available"]:
+            lines.append(
+                f"| {entry['label']} | not available: {entry['reason']} |" + " |" * (len(heading) - 2)
+            )
+            continue
+        rank = None if entry["method"] == "full" else 8
+        picked = at(entry["picked"], rank, 5)
+        if picked is None:
+            continue
+        reused = [at(entry["transfer"], *place) for place in ((2, 5), (32, 5), (rank, 20))]
+        whole = entry["whole_grid"]
+        worst = before["kept"] - whole["kept"]["worst"] if nats else 100 * whole["kept"]["worst"]
+        near, volume = entry["near_best"]["both"], entry["hypervolume"]
+        cells = [
+            entry["label"],
+            f"{pair(picked)} ({picked['learning_rate']:g})",
+            spread(picked) if len(seeds) > 1 else "one seed",
+            pair(at(entry["picked"], rank, 20)),
+            " · ".join(map(pair, reused)),
+            pair({name: {"mean": whole[name]["mean"]} for name in ("target", "kept")}),
+            f"{worst:.2f}" if nats else f"{worst:.0f}",
+            f"{near:.0%}",
+            f"{volume['mean']:.3f}",
+            f"{entry['seconds']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# --- the command line ---
+
+
 def _show(progress: Progress, bar: TaskID, record: Mapping[str, Any] | None, share: float) -> None:
     progress.update(bar, completed=share)
+
+
+def run(
+    task: str, grid: str, seeds: Sequence[int], work: Path, workers: int, console: Console
+) -> dict[str, Any]:
+    """Do a comparison, or what of it is missing; its figures also go to results/."""
+    start = time.perf_counter()
+    for seed in seeds:
+        made(task, seed, work)
+    config = ComparisonConfig.of(settings(task, work, grid, seeds))
+    out = work / f"{task}-{grid}"
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %")
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task(f"{task}, {grid}", total=1.0)
+        comparison = compare(
+            config,
+            out,
+            executor=LocalExecutor(workers, threads=1),
+            on_run=functools.partial(_show, progress, bar),
+        )
+    console.print(
+        f"{time.perf_counter() - start:.0f} s; see {out}/report.html", highlight=False, soft_wrap=True
+    )
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    shutil.copy(out / "runs.csv", results / f"forgetting-{task}-{grid}.csv")
+    return comparison
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="NB-LoRA against LoRA, with gates")
+    grids = parser.add_mutually_exclusive_group()
+    grids.add_argument("--quick", action="store_true", help="NB-LoRA against LoRA, with gates")
+    grids.add_argument("--defaults", action="store_true", help="NB-LoRA's temperature and weight decay")
     parser.add_argument("--task", choices=[*MAKERS], action="append", help="both without it")
-    parser.add_argument("--seeds", type=int, nargs="+", help="0 1 2; quick: vision 0 1, language 0")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="0 1 2 without it; fewer with --quick, --defaults"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--work", type=Path, default=HERE / "work", help="models, data and runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=150)
+    work = options.work.absolute()
     missed = 0
     for task in options.task or MAKERS:
-        start = time.perf_counter()
-        seeds = options.seeds or ([0, 1, 2] if not options.quick else [0, 1] if task == "vision" else [0])
-        for seed in seeds:
-            made(task, seed, options.work)
-        config = ComparisonConfig.of(
-            settings(task, options.work.absolute(), quick=options.quick, seeds=seeds)
+        chosen = (
+            ["quick"] if options.quick else ["defaults", "defaults-decay"] if options.defaults else ["full"]
         )
-        out = options.work / f"{task}-{'quick' if options.quick else 'full'}"
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %")
-        progress = Progress(*columns, TimeRemainingColumn(), console=console)
-        with progress:
-            bar = progress.add_task(task, total=1.0)
-
-            comparison = compare(
-                config,
-                out,
-                executor=LocalExecutor(options.workers, threads=1),
-                on_run=functools.partial(_show, progress, bar),
-            )
-        console.print(f"{task}: {time.perf_counter() - start:.0f} s; see {out}/report.html", highlight=False)
-        if options.quick and task == "vision":
+        for grid in chosen:
+            seeds = options.seeds or (SEEDS[grid] if (task, grid) != ("language", "quick") else (0,))
+            comparison = run(task, grid, seeds, work, options.workers, console)
+            print(table(comparison))
+            if (task, grid) != ("vision", "quick"):
+                continue
             for name, value, sign, limit in gates(comparison):
                 kept = holds(value, sign, limit)
                 missed += not kept
                 console.print(
                     f"{'ok    ' if kept else 'MISSED'} {name}: {value:.1f} {sign} {limit}", highlight=False
                 )
-        results = HERE / "results"
-        results.mkdir(exist_ok=True)
-        stem = f"forgetting-{task}{'-quick' if options.quick else ''}"
-        shutil.copy(out / "runs.csv", results / f"{stem}.csv")
-        summary = {key: value for key, value in comparison.items() if key not in ("runs", "config")}
-        for name in ("model", "data", "keep"):
-            summary[name] = str(Path(summary[name]).relative_to(options.work.absolute()))
-        (results / f"{stem}.json").write_text(json.dumps(summary, indent=1))
     return 1 if missed else 0
 
 
