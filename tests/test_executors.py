@@ -61,6 +61,7 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
             "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "temporary": tempfile.gettempdir(),
             "child's": os.environ["TMPDIR"],
+            "start": multiprocessing.get_start_method(),
         }
     return record
 
@@ -159,6 +160,7 @@ def test_a_consumer_that_stops_early_leaves_nothing_behind(tmp_path: Path) -> No
     assert found["gpu"] in ("GPU-a", "7")
     assert found["temporary"] == found["child's"] != tempfile.gettempdir()
     assert Path(found["temporary"]).is_dir()
+    assert found["start"] == multiprocessing.get_context().get_start_method(), "of processes that load data"
     started = time.monotonic()
     records.close()
     assert time.monotonic() - started < 5

@@ -185,6 +185,8 @@ def _serve(connection: Connection, threads: int, gpu: str | None, folder: str) -
     """Do jobs until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # processes that load data start as they would in a program of the user's, not as this one did
+    multiprocessing.set_start_method(None, force=True)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     os.environ["TMPDIR"] = tempfile.tempdir = folder
