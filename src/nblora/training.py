@@ -169,8 +169,9 @@ def _adapter_fields() -> list[str]:
 def adapt(base: BaseModel, config: PeftConfig | None, task: str) -> nn.Module:
     """A base model with a PEFT adapter.
 
-    The classification head is never adapted: it is frozen where the model knows the classes already,
-    and trained in full (and saved with the adapter) where it is new.
+    The classification head is never adapted: it is frozen where the model knows the classes already. It
+    is trained in full, and saved with the adapter, where it starts at random, and so is any other module
+    that does, such as the pooler of a language model that gets its first head.
 
     Args:
         base: from `nblora.tasks.load_base_model`; its model is changed in place.
@@ -186,10 +187,13 @@ def adapt(base: BaseModel, config: PeftConfig | None, task: str) -> nn.Module:
             excluded = config.exclude_modules or []
             names = [excluded] if isinstance(excluded, str) else list(excluded)
             config.exclude_modules = {*names, base.head}
-        if base.original_head is not None:
-            config.modules_to_save = [*(config.modules_to_save or []), base.head]
+    if base.untrained:
+        excluded = config.exclude_modules or []
+        if not isinstance(excluded, str):
+            config.exclude_modules = {*excluded, *base.untrained}
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *base.untrained]))
     model = get_peft_model(model, config)
-    if base.head is None or base.original_head is not None:
+    if base.head is None or base.head in base.untrained:
         # what PEFT loads the adapter as; set late for the reason above
         config.task_type = _PEFT_TASKS.get(task)
     return model
@@ -239,6 +243,26 @@ class BoundedTrainer(Trainer):
             self.optimizer = self._make_optimizer(self.model, self.args)
         created: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         return created
+
+    # transformers starts the mean of the losses since the last log anew when it resumes. It goes where each
+    # process has a file of its own in a checkpoint, and before that file, which tells a whole checkpoint.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        losses = {"sum": self._tr_loss.item(), "since_step": self._globalstep_last_logged}
+        (Path(output_dir) / self._losses_file()).write_text(json.dumps(losses))
+        super()._save_rng_state(output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        with suppress(OSError, ValueError, KeyError):
+            losses = json.loads((Path(checkpoint) / self._losses_file()).read_text())
+            self._tr_loss = torch.full_like(self._tr_loss, losses["sum"])
+            self._globalstep_last_logged = losses["since_step"]
+
+    def _losses_file(self) -> str:
+        return f"losses_{self.args.process_index}.json"
 
     def evaluate(
         self,
@@ -382,6 +406,40 @@ class _StopOnSignal(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.requested and not _is_end_of_epoch(state):
+            # transformers ends an epoch that it breaks off like any other
+            control.should_log = control.should_evaluate = control.should_save = False
+
+
+class _SaveAfterEvaluation(TrainerCallback):
+    """Writes a checkpoint at the end of an epoch after what is logged and evaluated there.
+
+    A run that is resumed from it begins with the next epoch, and would never do so.
+    """
+
+    def __init__(self) -> None:
+        self._postponed = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._postponed = control.should_save and _is_end_of_epoch(state)
+        if self._postponed:
+            control.should_save = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_save |= self._postponed
+        self._postponed = False
+
+
+def _is_end_of_epoch(state: TrainerState) -> bool:
+    return state.global_step >= state.max_steps or float(state.epoch or 0).is_integer()
+
 
 class _Clock(TrainerCallback):
     """Notes the seconds of training in every checkpoint, so that they add up over resumed runs."""
@@ -459,19 +517,34 @@ def effective_config(settings: Mapping[str, Any], out_dir: PathLike, *, resume: 
     if resume and saved_file.is_file():
         saved = read_yaml(saved_file)
         config = FinetuneConfig.of(portable(overlay(saved, settings)))
-        differing = [name for name, value in config.to_dict().items() if saved.get(name) != value]
-        if differing:
-            name = differing[0]
-            raise SettingsError(
-                f"a run is resumed with its own settings, those in {saved_file}; got {name}="
-                f"{config.to_dict()[name]!r} where it has {saved.get(name)!r}"
-            )
+        asked = config.to_dict()
+        for name in {**asked, **saved}:
+            if asked.get(name) != saved.get(name):
+                raise SettingsError(
+                    f"a run is resumed with its own settings, those in {saved_file}; got {name}="
+                    f"{asked.get(name)!r} where it has {saved.get(name)!r}"
+                )
         return config
-    if Path(out_dir).exists() and (not Path(out_dir).is_dir() or any(Path(out_dir).iterdir())):
+    if not _is_unused(Path(out_dir)):
         hint = "continue it with --resume, or " if saved_file.is_file() else ""
         raise SettingsError(f"the folder to write must be new or empty, got {out_dir}; {hint}choose another")
-    train = {**DEFAULT_ARGUMENTS, "seed": settings.get("seed", 0), **settings.get("train", {})}
+    if resume and not settings:
+        raise SettingsError(f"a run to resume must have a config.yaml, got {out_dir} without it")
+    train = settings.get("train", {})
+    if isinstance(train, Mapping):
+        train = {**DEFAULT_ARGUMENTS, "seed": settings.get("seed", 0), **train}
     return FinetuneConfig.of(portable({**settings, "train": train}))
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether a folder is not there, is empty, or has only what a run killed at its very start leaves."""
+    if not folder.is_dir():
+        return not folder.exists()
+    checkpoints = folder / "checkpoints"
+    return all(
+        path.name.startswith(".config.yaml-") or (path == checkpoints and not any(path.iterdir()))
+        for path in folder.iterdir()
+    )
 
 
 def finetune(
@@ -521,7 +594,7 @@ def finetune(
     stop, clock = _StopOnSignal(), _Clock(_Clock.seconds_of(checkpoint))
     # often enough for a curve, and not so often that the log of a long run outgrows the adapter
     spectra = NBLoraCallback(every=max(1, _steps(arguments, data) // 100))
-    watching = [stop, clock, spectra, *callbacks]
+    watching = [stop, _SaveAfterEvaluation(), clock, spectra, *callbacks]
     if advance is not None:
         watching.append(Progress(advance))
     trainer = BoundedTrainer(model, base, data, arguments, callbacks=watching)
