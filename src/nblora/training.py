@@ -248,15 +248,16 @@ class BoundedTrainer(Trainer):
     # process has a file of its own in a checkpoint, and before that file, which tells a whole checkpoint.
 
     def _save_rng_state(self, output_dir: str) -> None:
-        losses = {"sum": self._tr_loss.item(), "since_step": self._globalstep_last_logged}
-        (Path(output_dir) / self._losses_file()).write_text(json.dumps(losses))
+        with suppress(AttributeError):  # in a transformers that counts otherwise the curve has a kink
+            losses = {"sum": self._tr_loss.item(), "since_step": self._globalstep_last_logged}
+            (Path(output_dir) / self._losses_file()).write_text(json.dumps(losses))
         super()._save_rng_state(output_dir)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError, AttributeError):
             losses = json.loads((Path(checkpoint) / self._losses_file()).read_text())
             self._tr_loss = torch.full_like(self._tr_loss, losses["sum"])
             self._globalstep_last_logged = losses["since_step"]
@@ -582,7 +583,9 @@ def finetune(
     config = effective_config(settings, out, resume=resume)
     nblora_config = config.nblora_config()
     if report:
-        from nblora.reporting import finetune_report
+        from nblora.reporting import finetune_report, require_libraries
+
+        require_libraries()  # now, not after hours of training
     arguments = training_arguments(config.train, out / "checkpoints")
     with arguments.main_process_first(desc="preparing the data"):
         data = config.prepare()
