@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -160,6 +161,17 @@ class FinetuneConfig:
             max_eval_samples=self.max_eval_samples,
         )
 
+    def load_model(self, data: TaskData) -> BaseModel:
+        """The base model, with a head for the target's classes."""
+        try:
+            return load_base_model(data, self.model, **self.load)
+        except (TypeError, AttributeError) as error:
+            if not self.load:
+                raise
+            raise SettingsError(
+                f"load must have arguments of from_pretrained, got {dict(self.load)}: {error}"
+            ) from error
+
 
 def _adapter_fields() -> list[str]:
     inherited = {f.name for f in dataclasses.fields(PeftConfig)}
@@ -182,11 +194,10 @@ def adapt(base: BaseModel, config: PeftConfig | None, task: str) -> nn.Module:
     if config is None:
         return model
     config.task_type = None  # PEFT would train a head of a usual name even where it is not new
-    if base.head is not None:
-        if config.target_modules == "all-linear":
-            excluded = config.exclude_modules or []
-            names = [excluded] if isinstance(excluded, str) else list(excluded)
-            config.exclude_modules = {*names, base.head}
+    if base.head is not None and config.target_modules == "all-linear":
+        excluded = config.exclude_modules or []
+        names = [excluded] if isinstance(excluded, str) else list(excluded)
+        config.exclude_modules = {*names, base.head}
     if base.untrained:
         excluded = config.exclude_modules or []
         if not isinstance(excluded, str):
@@ -237,6 +248,7 @@ class BoundedTrainer(Trainer):
         )
 
     optimizer: torch.optim.Optimizer | None
+    _tr_loss: torch.Tensor
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None and self._make_optimizer is not None:
@@ -282,14 +294,18 @@ class BoundedTrainer(Trainer):
         if original is None or name is None:
             yield
             return
-        model = self._base.model
-        new = model.get_submodule(name)
+        model: Any = self._base.model
+        new, config, classes = model.get_submodule(name), model.config, model.num_labels
         original.to(next(new.parameters()).device).eval()
         model.set_submodule(name, original)
+        # the loss is computed for so many classes
+        model.config, model.num_labels = copy.deepcopy(config), len(self._data.keep_labels or ())
+        model.config.num_labels = model.num_labels
         try:
             yield
         finally:
             model.set_submodule(name, new)
+            model.config, model.num_labels = config, classes
 
     def measure(self, part: str) -> dict[str, dict[str, float] | None]:
         """The metrics of the target and the kept data; None for kept data that is not there.
@@ -587,10 +603,15 @@ def finetune(
 
         require_libraries()  # now, not after hours of training
     arguments = training_arguments(config.train, out / "checkpoints")
+    if arguments.save_only_model:
+        raise SettingsError("train.save_only_model must be false: a run is resumed from whole checkpoints")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(arguments, name) < 1:
+            raise SettingsError(f"train.{name} must be at least 1, got {getattr(arguments, name)}")
     with arguments.main_process_first(desc="preparing the data"):
         data = config.prepare()
     set_seed(arguments.seed)
-    base = load_base_model(data, config.model, **config.load)
+    base = config.load_model(data)
     nblora_config.base_model_name_or_path = config.model
     model = adapt(base, nblora_config, config.task)
     checkpoint = last_checkpoint(out / "checkpoints") if resume else None
