@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
 
-.PHONY: help setup demo test test-all check format bench-speed bench-forgetting bench-forgetting-quick clean
+.PHONY: help setup chromium demo test test-all check format bench-speed bench-forgetting bench-forgetting-quick clean
 
 help:
 	@echo "make demo         adapt a small vision transformer to rotated digits, LoRA against NB-LoRA"
 	@echo "make test         the tests"
 	@echo "make test-all     the tests and the slow ones"
+	@echo "make chromium     a browser for the tests of the reports (Debian, as root)"
 	@echo "make check        formatting, lint and types"
 	@echo "make format       format the code"
 	@echo "make bench-speed  training step against PEFT's LoRA"
@@ -28,13 +29,20 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# for the tests of the reports, which skip themselves without a browser
+chromium:
+	@if command -v chromium google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; then :; \
+	else echo "no Chromium here: the browser tests will be skipped"; fi
+
 demo: $(READY)
 	$(BIN)/nblora demo --out nblora-demo
 
-test: $(READY)
+test: $(READY) chromium
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-test-all: $(READY)
+test-all: $(READY) chromium
 	$(BIN)/python -m pytest -n auto
 
 check: $(READY)
