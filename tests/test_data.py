@@ -133,6 +133,11 @@ def test_text_with_odd_lines_is_kept_whole(tmp_path: Path, text: str) -> None:
     assert max(map(len, rows["text"])) <= 2 * max(200, len(text) // 50)
 
 
+def test_text_without_its_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfhello\n")
+    assert load_rows(str(tmp_path / "text.txt"))["train"]["text"][:] == ["hello\n"]
+
+
 # --- folders ---
 
 
@@ -175,7 +180,7 @@ def test_configurations_of_a_folder(tmp_path: Path) -> None:
     configs = "\n".join(f"- config_name: {name}\n  data_files: {name}.jsonl" for name in "ab")
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}\n---\n")
     assert len(load_rows(f"{tmp_path}:b")["train"]) == 2
-    with pytest.raises(DataError, match=r"Config name is missing.*\['a', 'b'\]"):
+    with pytest.raises(DataError, match=r"must be named with one of \['a', 'b'\], such as .*:NAME, got "):
         load_rows(str(tmp_path))
 
 
@@ -473,7 +478,9 @@ def test_two_processes_read_a_large_file_at_once(tmp_path: Path, hub_cache: Path
     assert answers[0][1] == "", "and say nothing"
 
 
-def test_quiet_and_then_as_before(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_quiet_and_then_as_before(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     levels = datasets.logging.get_verbosity(), transformers.logging.get_verbosity()
     datasets.enable_progress_bars()
     try:
@@ -489,6 +496,7 @@ def test_quiet_and_then_as_before(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert (datasets.logging.get_verbosity(), transformers.logging.get_verbosity()) == levels
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+    assert not caplog.records
 
 
 def test_one_line_tells_the_root_of_an_error() -> None:

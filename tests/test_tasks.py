@@ -433,6 +433,16 @@ def test_passages_of_a_text_file_are_joined(tmp_path: Path, models: Callable[[st
     assert 3 < expected.count("<end>") < len(chosen) / 2, "most passages follow each other"
 
 
+@pytest.mark.parametrize("role", ["text", "passage"])
+def test_columns_called_like_those_of_text_files(
+    tmp_path: Path, models: Callable[[str], str], role: str
+) -> None:
+    rows = {"text": ["ab"], "document": ["d"], "passage": ["cd"]}
+    source = three(tmp_path / "rows", rows)
+    data = prepare("causal-lm", models("llama"), source, columns={"text": role}, max_length=3)
+    assert text_of(data, stream_of(data.train)) == rows[role][0] + "<end>"
+
+
 def test_only_the_completion_is_predicted(tmp_path: Path, models: Callable[[str], str]) -> None:
     rows = {
         "question": ["What is 2 + 2?", "Count:\n", "", "Go"],
@@ -988,6 +998,19 @@ def png(values: Any) -> bytes:
     return buffer.getvalue()
 
 
+def test_images_are_upright(tmp_path: Path, models: Callable[[str], str]) -> None:
+    """As cameras mean them."""
+    values = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for name in "345":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.fromarray(values[::-1, ::-1].copy()).save(tmp_path / "images" / name / "1.png", exif=exif)
+    data = prepare("image-cls", models("vit"), str(tmp_path / "images"))
+    expected = torch.tensor(values / 127.5 - 1, dtype=torch.float32)
+    assert torch.allclose(data.train[0]["pixel_values"][0], expected, atol=1e-6)
+
+
 def test_deep_gray_is_scaled(tmp_path: Path, models: Callable[[str], str]) -> None:
     image = Image.fromarray(np.full((8, 8), 51 * 257, np.uint16))
     data = prepare(
@@ -1019,10 +1042,10 @@ def test_unreadable_images(tmp_path: Path, models: Callable[[str], str], content
     broken = tmp_path / "images" / "3" / "4.png"
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    # the third file of the first class
     with pytest.raises(TaskError, match=r"images must be readable: .*, got row 4 of .*images") as caught:
         prepare("image-cls", models("vit"), source)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).count(str(broken)) == 1
 
 
 @pytest.mark.parametrize(
@@ -1126,6 +1149,20 @@ def test_a_model_without_head_gets_one(
     assert base.original_head is None
     assert base.untrained == (base.head,)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_heads_of_another_kind(tmp_path: Path, kind: str) -> None:
+    """A regression has no classes; one class of several is learned whatever the model was trained for."""
+    config = {"num_labels": 1} if kind == "regression" else named("bad", "good")
+    model = bert(tmp_path / "model", problem_type=kind, **config)
+    data = prepare("seq-cls", model, table(tmp_path / "rows.jsonl", text=TEXTS, label=["bad", "good"] * 2))
+    assert data.new_head == (kind == "regression")
+    base = load_base_model(data, model)
+    assert base.untrained == (("classifier",) if data.new_head else ())
+    assert base.model.get_submodule("classifier").weight.shape == (2, 16)
+    scores = trainer_for(data, base, tmp_path / "out").evaluate(data.test)
+    assert scores["eval_loss"] == pytest.approx(scores["eval_nats"], rel=1e-5)
 
 
 def test_all_that_starts_at_random_is_told(tmp_path: Path) -> None:

@@ -479,7 +479,16 @@ def _load(name: str, configuration: str | None, files: Sequence[Path] | None, so
         and sum(path.stat().st_size for path in files if _suffix(path) not in IMAGES) <= IN_MEMORY
     )
     with _reading(source), _cache(small) as cache:
-        rows = datasets.load_dataset(name, configuration, cache_dir=cache, keep_in_memory=small or None)
+        try:
+            rows = datasets.load_dataset(name, configuration, cache_dir=cache, keep_in_memory=small or None)
+        except ValueError as error:
+            known = re.search(r"Config name is missing.*?(\[.*?\])", str(error), re.DOTALL)
+            if known is None:
+                raise
+            raise DataError(
+                f"data with several configurations must be named with one of {known[1]}, such as "
+                f"{source}:NAME, got {source}"
+            ) from error
     if not isinstance(rows, DatasetDict):
         raise DataError(f"the data must be a set of splits, got {type(rows).__name__} for {source}")
     return rows

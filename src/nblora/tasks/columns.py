@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Value
 
 from nblora.data import Part, draw, load_rows
 from nblora.tasks.kinds import LANGUAGE_TASKS, TaskError
@@ -197,10 +197,6 @@ class Source:
         """The feature of the labels, in the first split."""
         return next(iter(self.splits.values())).features[self.label_column]
 
-    @property
-    def plain_text(self) -> bool:
-        return self.task == "causal-lm" and "text" in self.columns
-
     def pieces(self, parts: Mapping[str, Part]) -> list[Piece]:
         """The rows of each part, with their labels.
 
@@ -217,7 +213,7 @@ class Source:
                 labels[part.split] = read_labels(
                     rows, column, one_per_token=self.task == "token-cls", place=place
                 )
-            wanted = self._wanted(rows.column_names)
+            wanted = self._wanted(rows)
             values = labels.get(part.split)
             found.append(
                 Piece(
@@ -231,8 +227,8 @@ class Source:
             )
         return found
 
-    def _wanted(self, present: Iterable[str]) -> list[str]:
+    def _wanted(self, rows: Dataset) -> list[str]:
+        """The columns that are read beside the labels; of a text file also the places of its passages."""
         columns = [column for role, column in self.columns.items() if role != self._label_role]
-        if self.plain_text and {"document", "passage"} <= set(present):
-            columns += [name for name in ("document", "passage") if name not in columns]
-        return columns
+        places = [name for name in ("document", "passage") if rows.features.get(name) == Value("int64")]
+        return columns + places if len(places) == 2 and self.columns.get("text") == "text" else columns

@@ -93,19 +93,23 @@ class ImageProcess:
         return TensorRows({**inputs, "labels": torch.tensor(piece.labels)})
 
     def _process(self, piece: Piece, images: Dataset, start: int, stop: int) -> dict[str, Tensor]:
-        found: list[Any] = []
-        try:
-            for image in images.select(range(start, stop)):
-                found.append(self._pixels.picture(image["image"]))  # noqa: PERF401, counted below
-        except Exception as error:  # PIL raises nearly everything for broken files
-            where = piece.where(start + len(found))
-            raise TaskError(f"images must be readable: {one_line(error)}, got {where}") from error
+        rows = images.select(range(start, stop))
+        found = [self._picture(piece, position, row["image"]) for position, row in enumerate(rows, start)]
         try:
             return self._pixels(found)
         except (ValueError, TypeError, RuntimeError) as error:
             raise TaskError(
                 f"images must suit the image processor: {one_line(error)}, got {piece.where(start)} and after"
             ) from error
+
+    def _picture(self, piece: Piece, position: int, image: Any) -> Image.Image:
+        try:
+            return self._pixels.picture(image)
+        except Exception as error:  # PIL raises nearly everything for broken files
+            reason, where = one_line(error), piece.where(position)
+            file = image["path"] if isinstance(image, dict) else None
+            named = f" ({file})" if file and file not in reason else ""
+            raise TaskError(f"images must be readable: {reason}, got {where}{named}") from error
 
 
 def _only_images(piece: Piece) -> Dataset:

@@ -175,7 +175,7 @@ class TextProcess:
         end = self.processor.eos_token_id
         pieces: list[Any] = []
         before: Any = None
-        passages = "passage" in piece.rows.column_names
+        passages = len(piece.rows.column_names) > 1  # of text files
         for start, batch in piece.batches(AT_ONCE):
             texts = _strings(batch["text"])
             places: list[Any] = [None] * len(texts)
@@ -183,7 +183,8 @@ class TextProcess:
             if passages:
                 rows = piece.rows[start : start + AT_ONCE]
                 places = list(zip(rows["document"], rows["passage"]))
-                inner = self._encode(texts, truncation=False, add_special_tokens=False)["input_ids"]
+                if self.processor.num_special_tokens_to_add():
+                    inner = self._encode(texts, truncation=False, add_special_tokens=False)["input_ids"]
             for text, place, alone, continued in zip(texts, places, whole, inner):
                 if not text:
                     continue
