@@ -260,7 +260,7 @@ def methods(task: str) -> dict[str, dict[str, Any]]:
 
 
 def settings(task: str, work: Path, grid: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """The comparison of a task on a grid: "full", "quick", or "defaults" (what else NB-LoRA could be)."""
+    """The comparison of a task on a grid: "full", "quick", or one of DEFAULTS."""
     folder = str(work / task / "seed-{seed}")
     chosen = methods(task)
     axes: dict[str, Any] = {"learning_rates": RATES, "ranks": [2, 8, 32], "epochs": [1, 5, 20]}
@@ -269,15 +269,17 @@ def settings(task: str, work: Path, grid: str, seeds: Sequence[int]) -> dict[str
         axes = {"learning_rates": [3e-3, 1e-2, 3e-2, 1e-1], "ranks": [2, 8, 32], "epochs": [5, 20]}
         if task == "language":
             axes = {"learning_rates": [1e-3, 3e-3, 1e-2, 3e-2], "ranks": [8], "epochs": [5]}
+    bounds = [BOUND[task]]
     if grid.startswith("defaults"):
+        axes = {"learning_rates": [3e-3, 1e-2, 3e-2], "ranks": [8], "epochs": [5, 20]}
+        chosen = {"nblora": {"label": "weight decay 0.1" if grid == "defaults-decay" else "NB-LoRA"}}
+    if grid == "defaults-temperature":
         chosen = {
-            "nblora": {},
             "cold": {"method": "nblora", "temperature": 0.3, "label": "temperature 0.3"},
             "warm": {"method": "nblora", "temperature": 3.0, "label": "temperature 3"},
         }
-        axes = {"learning_rates": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "ranks": [8], "epochs": [5, 20]}
-    if grid == "defaults-decay":
-        chosen = {"nblora": {"label": "weight decay 0.1"}}
+    if grid == "defaults-bounds":
+        bounds = [0.1, 0.2, 0.3, 0.6, 1.0]
     decay = {"weight_decay": 0.1} if grid == "defaults-decay" else {}
     return {
         **SHARED[task],
@@ -286,7 +288,7 @@ def settings(task: str, work: Path, grid: str, seeds: Sequence[int]) -> dict[str
         "data": f"{folder}/target",
         "keep": f"{folder}/keep",
         "methods": chosen,
-        "bounds": [BOUND[task]],
+        "bounds": bounds,
         "grid": "star",
         "reference": {"rank": 8, "epochs": 5},
         "seeds": list(seeds),
@@ -294,7 +296,8 @@ def settings(task: str, work: Path, grid: str, seeds: Sequence[int]) -> dict[str
     }
 
 
-SEEDS = {"full": (0, 1, 2), "quick": (0, 1), "defaults": (0,), "defaults-decay": (0,)}
+DEFAULTS = ("defaults-bounds", "defaults-temperature", "defaults-decay")
+SEEDS = {"full": (0, 1, 2), "quick": (0, 1)}
 
 
 # --- gates on the quick vision benchmark ---
@@ -453,7 +456,9 @@ def main() -> int:
     )
     grids = parser.add_mutually_exclusive_group()
     grids.add_argument("--quick", action="store_true", help="NB-LoRA against LoRA, with gates")
-    grids.add_argument("--defaults", action="store_true", help="NB-LoRA's temperature and weight decay")
+    grids.add_argument(
+        "--defaults", action="store_true", help="NB-LoRA's bound, temperature and weight decay"
+    )
     parser.add_argument("--task", choices=[*MAKERS], action="append", help="both without it")
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="0 1 2 without it; fewer with --quick, --defaults"
@@ -466,11 +471,11 @@ def main() -> int:
     work = options.work.absolute()
     missed = 0
     for task in options.task or MAKERS:
-        chosen = (
-            ["quick"] if options.quick else ["defaults", "defaults-decay"] if options.defaults else ["full"]
-        )
+        chosen = ("quick",) if options.quick else DEFAULTS if options.defaults else ("full",)
         for grid in chosen:
-            seeds = options.seeds or (SEEDS[grid] if (task, grid) != ("language", "quick") else (0,))
+            seeds = options.seeds or (
+                SEEDS.get(grid, (0,)) if (task, grid) != ("language", "quick") else (0,)
+            )
             comparison = run(task, grid, seeds, work, options.workers, console)
             print(table(comparison))
             if (task, grid) != ("vision", "quick"):
