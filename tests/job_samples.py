@@ -50,15 +50,23 @@ def review_folder(folder: Path, labels: tuple[str, ...] = ("bad", "good"), first
     return str(folder)
 
 
-def classifier(folder: Path, *labels: str) -> str:
+def classifier(folder: Path, *labels: str, dropout: float = 0.1) -> str:
     """A BERT with dropout whose head has classes, and far from uniform predictions."""
     set_seed(5)
     model = BertForSequenceClassification(
-        BertConfig(**SIZES, vocab_size=260, max_position_embeddings=64, **named(*labels))
+        BertConfig(
+            **SIZES,
+            vocab_size=260,
+            max_position_embeddings=64,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            **named(*labels),
+        )
     )
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4)
+            if parameter.ndim == 2:
+                parameter.mul_(20)
     model.save_pretrained(folder)
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     byte_tokenizer(closed=True, sep_token="<end>", model_input_names=inputs).save_pretrained(folder)

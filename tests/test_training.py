@@ -5,7 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import resource
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +18,22 @@ from typing import Any
 import datasets
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForTokenClassification,
+    BertModel,
+    Trainer,
+    TrainerCallback,
+)
 
 from job_samples import classifier, forked, review_folder
 from nblora import certify, training
 from nblora.training import FinetuneResult, finetune
+from test_tasks import bert, llama, named, pictures, t5, table, vit
 
 LABELS = {"bad": 0, "good": 1}
 VOLATILE = ("seconds", "peak_memory_bytes")
@@ -90,7 +102,7 @@ def assert_same_result(folder: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     found, expected = metrics(folder), metrics(other)
     assert found == expected
-    assert {path.name for path in folder.iterdir()} == PROMISED
+    assert {path.name for path in folder.iterdir()} | {"report.html"} == PROMISED
 
 
 def accuracy(model: nn.Module, source: str, split: str, labels: dict[str, int]) -> dict[str, float]:
@@ -191,7 +203,7 @@ def test_plain_lora_has_the_logits_of_the_adapter(whole: FinetuneResult, samples
 
 def test_saved_configuration_reproduces_the_run(whole: FinetuneResult, tmp_path: Path) -> None:
     saved = whole.folder / "config.yaml"
-    finetune(training.read_yaml(saved), tmp_path / "again")
+    finetune(training.read_yaml(saved), tmp_path / "again", report=False)
     assert (tmp_path / "again" / "config.yaml").read_text() == saved.read_text()
     assert_same_result(tmp_path / "again", whole.folder)
 
@@ -263,47 +275,300 @@ def test_killed_at_any_moment_it_resumes_to_the_same_result(
 
     def work() -> None:
         MOMENTS[moment]()
-        finetune(settings(samples), out)
+        finetune(settings(samples), out, report=False)
 
     assert forked(work, tmp_path / "log") == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert not (out / "metrics.json").exists()
-    finetune({}, out, resume=True)
+    finetune({}, out, resume=True, report=False)
     assert_same_result(out, whole.folder)
 
 
-@pytest.mark.parametrize("step", [5, 6])
 def test_killed_between_checkpoints_with_a_torn_one(
-    step: int, whole: FinetuneResult, samples: dict[str, str], tmp_path: Path
+    whole: FinetuneResult, samples: dict[str, str], tmp_path: Path
 ) -> None:
     """And the newest checkpoint holds half a state."""
     out = tmp_path / "out"
-    status = forked(lambda: finetune(settings(samples), out, callbacks=[At(step, die)]), tmp_path / "log")
+    status = forked(lambda: finetune(settings(samples), out, callbacks=[At(5, die)]), tmp_path / "log")
     assert status == -signal.SIGKILL, (tmp_path / "log").read_text()
     torn = out / "checkpoints" / "checkpoint-11"
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"global_step": 11, "log_hist')
     steps: list[int] = []
-    finetune({}, out, resume=True, advance=lambda done, last: steps.append(done))
+    finetune({}, out, resume=True, report=False, advance=lambda done, last: steps.append(done))
     assert steps[:2] == [4, 5], "from the last whole checkpoint"
     assert_same_result(out, whole.folder)
 
 
-@pytest.mark.parametrize("step", [5, 6], ids=["within an epoch", "at its end"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [(signal.SIGINT, 5), (signal.SIGTERM, 6)],
+    ids=["SIGINT within an epoch", "SIGTERM at its end"],
+)
 def test_a_stopped_run_says_how_to_continue_and_ends_the_same(
-    step: int, number: signal.Signals, whole: FinetuneResult, samples: dict[str, str], tmp_path: Path
+    number: signal.Signals, step: int, whole: FinetuneResult, samples: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     before = signal.getsignal(number)
     stop = At(step, lambda: os.kill(os.getpid(), number), ended=False)
     with pytest.raises(training.Interrupted) as stopped:
-        finetune(settings(samples), out, callbacks=[stop])
+        finetune(settings(samples), out, callbacks=[stop], report=False)
     assert signal.getsignal(number) is before
     assert str(stopped.value) == (
         f"stopped after step {step} of 12; continue with: nblora finetune --resume --out {out}"
     )
     assert (out / "checkpoints" / f"checkpoint-{step}").is_dir()
     steps: list[int] = []
-    finetune({}, out, resume=True, advance=lambda done, last: steps.append(done))
+    finetune({}, out, resume=True, report=False, advance=lambda done, last: steps.append(done))
     assert steps[0] == step
     assert_same_result(out, whole.folder)
+
+
+def test_a_finished_run_resumes_to_itself(whole: FinetuneResult, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole.folder, out)
+    (out / "metrics.json").unlink()
+    shutil.rmtree(out / "adapter")
+    finetune({}, out, resume=True, report=False)
+    assert_same_result(out, whole.folder)
+
+
+def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
+    whole: FinetuneResult, samples: dict[str, str], tmp_path: Path
+) -> None:
+    """Files can suddenly not grow beyond a few bytes, as on a disk that is full."""
+    out = tmp_path / "out"
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+
+    def work() -> None:
+        try:
+            finetune(settings(samples), out, callbacks=[At(5, fill)], report=False)
+        except OSError as error:
+            sys.stdout.write(str(error))
+            sys.exit(7)
+
+    assert forked(work, tmp_path / "log") == 7, (tmp_path / "log").read_text()
+    assert "cannot be written" in (tmp_path / "log").read_text()
+    assert training.last_checkpoint(out / "checkpoints") == out / "checkpoints" / "checkpoint-4"
+    finetune({}, out, resume=True, report=False)
+    assert_same_result(out, whole.folder)
+
+
+# --- refusals ---
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": {"learning_rate": 0.1}},
+        {"adapter": {"bound": 0.6}},
+        {"keep": None},
+        {"seed": 1},
+        {"max_length": 8},
+    ],
+    ids=str,
+)
+def test_a_run_is_resumed_with_its_own_settings_only(change: dict[str, Any], whole: FinetuneResult) -> None:
+    before = contents(whole.folder)
+    name = next(iter(change))
+    with pytest.raises(ValueError, match=f"resumed with its own settings.*got {name}="):
+        finetune(change, whole.folder, resume=True)
+    assert contents(whole.folder) == before
+
+
+def test_a_used_folder_is_refused(whole: FinetuneResult, samples: dict[str, str], tmp_path: Path) -> None:
+    before = contents(whole.folder)
+    with pytest.raises(ValueError, match=r"must be new or empty, got .*; continue it with --resume, or"):
+        finetune(settings(samples), whole.folder)
+    assert contents(whole.folder) == before
+    (tmp_path / "thesis.txt").write_text("precious")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"must be new or empty, got .*; choose another"):
+            finetune(settings(samples), tmp_path, resume=resume)
+    with pytest.raises(ValueError, match="must be new or empty"):
+        finetune(settings(samples), tmp_path / "thesis.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_what_a_run_killed_at_its_start_leaves_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / ".config.yaml-12345678").write_text("")
+    with pytest.raises(ValueError, match="the settings must have a model"):
+        finetune({"task": "seq-cls"}, tmp_path)
+    with pytest.raises(ValueError, match=r"a run to resume must have a config\.yaml"):
+        finetune({}, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": ""}, "must have a model"),
+        ({"modell": "x"}, "did you mean 'model'"),
+        ({"task": "seq-clf"}, "did you mean 'seq-cls'"),
+        ({"train": {"learning_rat": 1}}, "did you mean 'learning_rate'"),
+        ({"train": {"learning_rate": "fast"}}, "train.learning_rate must suit"),
+        (
+            {"train": {"per_device_train_batch_size": 0}},
+            "train_batch_size must be at least 1, got 0",
+        ),
+        ({"train": {"save_only_model": True}}, "save_only_model must be false"),
+        ({"train": {"output_dir": "x"}}, "use --out"),
+        ({"adapter": {"rank": 3}}, "a setting of the adapter must be one of r, "),
+        ({"adapter": {"bound": -1}}, "bound must be"),
+        ({"adapter": {"target_modules": ["nope"]}}, "'nope'.* not found in the base model"),
+        ({"load": {"dtpye": "bfloat16"}}, "load must have arguments of from_pretrained.*dtpye"),
+        ({"load": {"dtype": "bfloat17"}}, "load must have arguments of from_pretrained.*bfloat17"),
+        ({"columns": {"label": "stars"}}, "must have a column 'stars', got columns"),
+        ({"data": "nowhere.csv"}, "nowhere.csv"),
+        ({"model": "/nowhere"}, "the model must be .*/nowhere"),
+        ({"seed": -1}, "seed must be an integer >= 0, got -1"),
+        ({"max_length": 0}, "max_length must be an integer >= 1, got 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_written(
+    change: dict[str, Any], message: str, samples: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        finetune(settings(samples, **change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("train", [5, None, []], ids=str)
+def test_groups_of_settings_must_be_mappings(train: Any, samples: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"train must map names to values, got {re.escape(str(train))}"):
+        finetune({**settings(samples), "train": train}, tmp_path / "out")
+
+
+# --- heads ---
+
+
+def test_new_classes_get_a_head_and_kept_data_the_models_own(
+    whole: FinetuneResult, samples: dict[str, str], tmp_path: Path
+) -> None:
+    """Three classes in place of two."""
+    data = review_folder(tmp_path / "data", ("bad", "good", "odd"))
+    out = tmp_path / "out"
+    finetune(settings(samples, data=data, train={"learning_rate": 0.1}), out, report=False)
+    found = metrics(out)
+    assert found["before"]["keep"] == metrics(whole.folder)["before"]["keep"]
+    assert found["after"]["target"]["accuracy"] > found["before"]["target"]["accuracy"] + 0.2
+    start = AutoModelForSequenceClassification.from_pretrained(samples["model"])
+    own_head = start.classifier
+    wanted = {"bad": 0, "good": 1, "odd": 2}
+    for folder in ("adapter", "lora"):
+        assert any("classifier" in name for name in load_file(out / folder / "adapter_model.safetensors"))
+        base = AutoModelForSequenceClassification.from_pretrained(
+            samples["model"], num_labels=3, ignore_mismatched_sizes=True
+        )
+        model = PeftModel.from_pretrained(base, out / folder)
+        expected = accuracy(model, data, "test", wanted)
+        assert found["after"]["target"]["accuracy"] == pytest.approx(expected["accuracy"])
+        assert found["after"]["target"]["nats"] == pytest.approx(expected["nats"], rel=1e-4)
+        base.classifier = own_head
+        expected = accuracy(model, samples["keep"], "test", LABELS)
+        assert found["after"]["keep"]["accuracy"] == pytest.approx(expected["accuracy"])
+        assert found["after"]["keep"]["nats"] == pytest.approx(expected["nats"], rel=1e-4)
+
+
+def test_a_model_without_a_trained_head_gets_one_that_is_trained(
+    samples: dict[str, str], tmp_path: Path
+) -> None:
+    """As every pretrained language model; a random head that stayed frozen would teach it nothing."""
+    model = bert(tmp_path / "bare", BertModel)
+    out = tmp_path / "out"
+    finetune(settings({**samples, "model": model, "keep": None}), out, report=False)
+    saved = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert any("classifier" in name for name in saved)
+    base = AutoModelForSequenceClassification.from_pretrained(model)
+    expected = accuracy(PeftModel.from_pretrained(base, out / "adapter"), samples["data"], "test", LABELS)
+    assert metrics(out)["after"]["target"]["nats"] == pytest.approx(expected["nats"], rel=1e-4)
+
+
+# --- every task ---
+
+
+def job(task: str, folder: Path) -> dict[str, Any]:
+    words = [f"{'good' if index % 2 else 'bad'} number {index}" for index in range(40)]
+    if task == "causal-lm":
+        return {"model": llama(folder / "model"), "data": table(folder / "rows.jsonl", text=words)}
+    if task == "token-cls":
+        model = bert(folder / "model", BertForTokenClassification, **named("O", "NAME"))
+        rows = table(folder / "rows.jsonl", tokens=[w.split() for w in words], tags=[["O", "NAME", "O"]] * 40)
+        return {"model": model, "data": rows}
+    if task == "seq2seq":
+        return {
+            "model": t5(folder / "model"),
+            "data": table(folder / "rows.jsonl", source=words, target=words),
+        }
+    return {
+        "model": vit(folder / "model", num_labels=10),
+        "data": pictures(folder / "images", 40, tuple("0123456789")),
+    }
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "token-cls", "seq2seq", "image-cls"])
+def test_every_task_end_to_end(task: str, tmp_path: Path) -> None:
+    files = job(task, tmp_path)
+    out = tmp_path / "out"
+    train = {"max_steps": 4, "eval_strategy": "no", "save_strategy": "no"}
+    length = {} if task == "image-cls" else {"max_length": 64}
+    finetune(settings({**files, "keep": files["data"]}, task=task, train=train, **length), out)
+    assert {path.name for path in out.iterdir()} == PROMISED
+    found = metrics(out)
+    assert found["metric"] == ("nats" if task in ("causal-lm", "seq2seq") else "accuracy")
+    for when in ("before", "after"):
+        for name in ("target", "keep"):
+            scores = found[when][name]
+            assert scores["score"] == (-scores["nats"] if found["metric"] == "nats" else scores["accuracy"])
+    assert found["before"] != found["after"]
+    assert certify(out / "lora").holds
+
+
+# --- several processes ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0"],
+        [
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes=2",
+            "--num_machines=1",
+            "--main_process_port=0",
+        ],
+    ],
+    ids=["torchrun", "accelerate launch"],
+)
+def test_two_processes_write_what_one_does(
+    launcher: list[str], samples: dict[str, str], tmp_path: Path
+) -> None:
+    files = {**samples, "model": classifier(tmp_path / "model", "bad", "good", dropout=0.0)}
+    finetune(settings(files), tmp_path / "one", report=False)
+    job_file, out = tmp_path / "job.yaml", tmp_path / "two"
+    training.write_yaml(job_file, settings(files, train={"per_device_train_batch_size": 2}))
+    command = ["-m", "nblora", "finetune", "--config", str(job_file), "--out", str(out)]
+    finished = subprocess.run(
+        [sys.executable, "-m", *launcher, *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert {path.name for path in out.iterdir()} == PROMISED
+    one, two = tensors(tmp_path / "one"), tensors(out)
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    found, expected = metrics(out), metrics(tmp_path / "one")
+    assert found["processes"] == 2
+    for name in ("target", "keep"):
+        assert found["before"][name]["nats"] == pytest.approx(expected["before"][name]["nats"], rel=1e-5)
+        assert found["after"][name]["nats"] == pytest.approx(expected["after"][name]["nats"], rel=1e-3)

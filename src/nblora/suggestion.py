@@ -12,7 +12,6 @@ import torch
 from transformers import PrinterCallback, set_seed
 
 from nblora.settings import SettingsError, overlay, training_arguments
-from nblora.tasks import load_base_model
 from nblora.training import BoundedTrainer, FinetuneConfig, adapt
 from nblora.tuner.model import nblora_layers
 
@@ -117,7 +116,7 @@ def suggest(
     }
     data = config.prepare()
     set_seed(config.seed)
-    base = load_base_model(data, config.model, **config.load)
+    base = config.load_model(data)
     model = adapt(base, adapter, config.task)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     layers = nblora_layers(model, "default").values()

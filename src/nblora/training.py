@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -757,12 +758,19 @@ def _history(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return history
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
     """Errors of writing as OSError, whatever the library that writes raises."""
     try:
         yield
     except SafetensorError as error:
+        raise OSError(f"{out} cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
         raise OSError(f"{out} cannot be written: {error}") from error
     except torch.OutOfMemoryError as error:
         raise OSError(
