@@ -870,11 +870,14 @@ def settings_of(task: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_a_real_comparison_is_its_records(task: dict[str, Any], tmp_path: Path) -> None:
+def test_a_real_comparison_is_its_records(
+    task: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """In processes of its own, with a report; every figure is worked out again from the files of the runs."""
     settings = settings_of(task)
-    settings["train"] = {**settings["train"], "dataloader_num_workers": 1}
+    capfd.readouterr()
     found = compare(settings, tmp_path, executor=LocalExecutor(1, 1))
+    assert capfd.readouterr() == ("", ""), "libraries say nothing in between"
     records = [json.loads(file.read_text()) for file in (tmp_path / "runs").iterdir()]
     assert len(records) == len(found["runs"]) == 14
     by_method = {name: [r for r in records if r["method"] == name] for name in settings["methods"]}
@@ -936,8 +939,19 @@ def test_a_real_comparison_is_its_records(task: dict[str, Any], tmp_path: Path) 
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert {path.name for path in (tmp_path / "figures").iterdir()} >= {"front.png", "front.svg"}
     again = InThisProcess()
-    assert compare(settings, tmp_path, executor=again) == found
+    assert compare(settings, tmp_path, executor=again, report=False) == found
     assert again.count == 0
+
+
+@pytest.mark.slow
+def test_runs_may_load_data_in_processes_of_their_own(task: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**task, "methods": ["lora"], "learning_rates": [0.02], "epochs": [1]}
+    plain = compare(settings, tmp_path / "plain", executor=InThisProcess(), report=False)
+    settings["train"] = {**settings["train"], "dataloader_num_workers": 2}
+    found = compare(settings, tmp_path / "workers", executor=LocalExecutor(1, 1), report=False)
+    assert found["runs"][0]["status"] == "done", found["runs"][0]["error"]
+    for name in ("validation", "target", "kept"):
+        assert found["runs"][0][name] == plain["runs"][0][name]
 
 
 def execute_nothing(task: Mapping[str, Any]) -> tuple[float, float]:

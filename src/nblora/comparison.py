@@ -414,7 +414,7 @@ def _run(job: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
 
 def _before(job: Mapping[str, Any]) -> dict[str, Any]:
     """Test scores of the base model."""
-    from transformers import set_seed
+    from transformers import PrinterCallback, set_seed
 
     from nblora.settings import training_arguments
     from nblora.tasks import load_base_model
@@ -426,7 +426,9 @@ def _before(job: Mapping[str, Any]) -> dict[str, Any]:
         set_seed(job["setting"]["seed"])
         base = load_base_model(data, job["model"], **job["load"])
         arguments = training_arguments({**DEFAULT_ARGUMENTS, **job["train"]}, folder)
-        measured = BoundedTrainer(base.model, base, data, arguments).measure("test")
+        trainer = BoundedTrainer(base.model, base, data, arguments)
+        trainer.remove_callback(PrinterCallback)
+        measured = trainer.measure("test")
     return {
         "target": measured["target"] and measured["target"]["score"],
         "kept": measured["keep"] and measured["keep"]["score"],
