@@ -40,6 +40,11 @@ class Probe:
     target: float
     kept: float | None
 
+    @property
+    def healthy(self) -> bool:
+        """Whether every score is a number."""
+        return math.isfinite(self.target) and (self.kept is None or math.isfinite(self.kept))
+
 
 @dataclass(frozen=True)
 class Suggestion:
@@ -121,7 +126,7 @@ def suggest(
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     layers = nblora_layers(model, "default").values()
     radii = [layer.radius("default").clone() for layer in layers]  # of a relative bound of 1
-    total = (len(learning_rates) + len(bounds)) * steps
+    total = (len(learning_rates) + len(bounds) - (BOUND_OF_RATES in bounds)) * steps
     done = 0
 
     def probe(rate: float, bound: float, train: bool = True) -> Probe:
@@ -150,7 +155,7 @@ def suggest(
 
     before = probe(learning_rates[0], 0.0, train=False)
     rates = [probe(rate, BOUND_OF_RATES) for rate in learning_rates]
-    healthy = [tried for tried in rates if math.isfinite(tried.target)]
+    healthy = [tried for tried in rates if tried.healthy]
     if not healthy:
         raise SettingsError("every learning rate of the probe gave scores that are not numbers")
     best = max(healthy, key=lambda tried: tried.target)
@@ -173,9 +178,16 @@ def choose_bound(before: Probe, bounds: Sequence[Probe]) -> float:
 
     Args:
         before: the base model.
-        bounds: probes, smallest bound first.
+        bounds: probes, smallest bound first; those whose scores are no numbers are passed over.
+
+    Raises:
+        SettingsError: if no probe has scores that are numbers.
     """
+    healthy = [tried for tried in bounds if tried.healthy]
+    if not healthy:
+        raise SettingsError("every bound of the probe gave scores that are not numbers")
     if before.kept is not None:
-        return max(bounds, key=lambda tried: tried.target + (tried.kept or 0.0)).bound
-    gained = max(tried.target for tried in bounds) - before.target
-    return next(tried for tried in bounds if tried.target - before.target >= ENOUGH * gained).bound
+        return max(healthy, key=lambda tried: tried.target + (tried.kept or 0.0)).bound
+    gained = max(tried.target for tried in healthy) - before.target
+    enough = ENOUGH * gained if gained > 0 else gained  # of a loss, 95 % would be better than the best
+    return next(tried for tried in healthy if tried.target - before.target >= enough).bound
