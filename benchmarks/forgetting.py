@@ -35,13 +35,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
     ViTImageProcessorPil,
     set_seed,
 )
 
 from nblora.comparison import ComparisonConfig, compare
+from nblora.demo import small_vit
 from nblora.executors import LocalExecutor
 
 HERE = Path(__file__).parent
@@ -75,20 +74,8 @@ def make_vision(folder: Path, seed: int) -> None:
     )
     processor.save_pretrained(folder / "model")
     set_seed(seed)
-    config = ViTConfig(
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=128,
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        num_labels=10,
-        id2label={i: str(i) for i in range(10)},
-        label2id={str(i): i for i in range(10)},
-        initializer_range=0.072,  # nn.Linear's own scale at this width
-    )
-    model = ViTForImageClassification(config)
+    digit_names = {i: str(i) for i in range(10)}
+    model = small_vit(id2label=digit_names, label2id={name: i for i, name in digit_names.items()})
     pixels = torch.tensor(images[source], dtype=torch.float32)[:, None] / 127.5 - 1
     labels = torch.tensor(digits.target[source])
     train = [{"pixel_values": x, "labels": y} for x, y in zip(pixels, labels)]

@@ -222,25 +222,20 @@ def finetune(
     first = os.environ.get("RANK", "0") == "0"
     with _one_line_errors(first):
         _needs("Fine-tuning", "transformers", "accelerate", "datasets", "yaml", extra="train")
-        from nblora.settings import dotted_options, overlay, read_yaml
-
-        options = dotted_options(context.args, ("train", "adapter", "load"))
-        options["adapter"].update(_given(norm=_number(norm), bound=bound, r=r))
-        settings = overlay(
-            {} if config is None else read_yaml(config),
-            _given(
-                model=model,
-                task=task,
-                data=data,
-                keep=keep,
-                columns=_roles("--column", column),
-                keep_columns=_roles("--keep-column", keep_column),
-                max_length=max_length,
-                max_train_samples=max_train_samples,
-                max_eval_samples=max_eval_samples,
-                seed=seed,
-                **options,
-            ),
+        settings = _settings(
+            context,
+            config,
+            model=model,
+            task=task,
+            data=data,
+            keep=keep,
+            adapter=_given(norm=_number(norm), bound=bound, r=r),
+            columns=_roles("--column", column),
+            keep_columns=_roles("--keep-column", keep_column),
+            max_length=max_length,
+            max_train_samples=max_train_samples,
+            max_eval_samples=max_eval_samples,
+            seed=seed,
         )
         from nblora.training import Interrupted, finetune
 
@@ -347,29 +342,25 @@ def compare(
     """
     with _one_line_errors():
         _needs("A comparison", "transformers", "accelerate", "datasets", "yaml", extra="train")
-        from nblora.settings import dotted_options, overlay, read_yaml
-
-        settings = overlay(
-            {} if config is None else read_yaml(config),
-            _given(
-                model=model,
-                task=task,
-                data=data,
-                keep=keep,
-                methods=None if methods is None else [name.strip() for name in methods.split(",")],
-                learning_rates=_numbers(learning_rates),
-                ranks=_numbers(ranks),
-                epochs=_numbers(epochs),
-                bounds=_numbers(bounds),
-                seeds=_numbers(seeds),
-                grid=grid,
-                columns=_roles("--column", column),
-                keep_columns=_roles("--keep-column", keep_column),
-                max_length=max_length,
-                max_train_samples=max_train_samples,
-                max_eval_samples=max_eval_samples,
-                **dotted_options(context.args, ("train", "load")),
-            ),
+        settings = _settings(
+            context,
+            config,
+            model=model,
+            task=task,
+            data=data,
+            keep=keep,
+            methods=None if methods is None else [name.strip() for name in methods.split(",")],
+            learning_rates=_numbers(learning_rates),
+            ranks=_numbers(ranks),
+            epochs=_numbers(epochs),
+            bounds=_numbers(bounds),
+            seeds=_numbers(seeds),
+            grid=grid,
+            columns=_roles("--column", column),
+            keep_columns=_roles("--keep-column", keep_column),
+            max_length=max_length,
+            max_train_samples=max_train_samples,
+            max_eval_samples=max_eval_samples,
         )
         from nblora.comparison import compare
         from nblora.executors import LocalExecutor, RayExecutor
@@ -456,25 +447,20 @@ def suggest(
     """
     with _one_line_errors():
         _needs("A probe", "transformers", "accelerate", "datasets", "yaml", extra="train")
-        from nblora.settings import dotted_options, overlay, read_yaml
-
-        options = dotted_options(context.args, ("train", "adapter", "load"))
-        options["adapter"].update(_given(norm=_number(norm), r=r))
-        settings = overlay(
-            {} if config is None else read_yaml(config),
-            _given(
-                model=model,
-                task=task,
-                data=data,
-                keep=keep,
-                columns=_roles("--column", column),
-                keep_columns=_roles("--keep-column", keep_column),
-                max_length=max_length,
-                max_train_samples=max_train_samples,
-                max_eval_samples=max_eval_samples,
-                seed=seed,
-                **options,
-            ),
+        settings = _settings(
+            context,
+            config,
+            model=model,
+            task=task,
+            data=data,
+            keep=keep,
+            adapter=_given(norm=_number(norm), r=r),
+            columns=_roles("--column", column),
+            keep_columns=_roles("--keep-column", keep_column),
+            max_length=max_length,
+            max_train_samples=max_train_samples,
+            max_eval_samples=max_eval_samples,
+            seed=seed,
         )
         from nblora.suggestion import suggest
 
@@ -509,6 +495,17 @@ def suggest(
 
 def _shown(score: float, metric: str) -> str:
     return f"{score:.1%}" if metric == "accuracy" else f"{-score:.4f}"
+
+
+def _settings(context: typer.Context, config: Path | None, **options: Any) -> dict[str, Any]:
+    """The settings of a job: a YAML file's, and on top of them the options that the user gave."""
+    from nblora.settings import dotted_options, overlay, read_yaml
+
+    groups = ("train", "load", *(["adapter"] if "adapter" in options else []))
+    dotted = dotted_options(context.args, groups)
+    for name, values in dotted.items():
+        options[name] = {**values, **options.get(name, {})}
+    return overlay({} if config is None else read_yaml(config), _given(**options))
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -232,6 +232,26 @@ def _pretrained(recipe: Recipe, data: _Data, advance: Advance, cache_dir: Path) 
             advance()
         return folder
     set_seed(recipe.seed)
+    model = small_vit()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=3e-3, total_steps=25 * recipe.pretraining_epochs
+    )
+    _train(model, data.source, recipe.pretraining_epochs, 3e-3, recipe.seed, advance, (optimizer, schedule))
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir) as temporary:
+        model.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(temporary, folder)
+    return folder
+
+
+def small_vit(**options: Any) -> ViTForImageClassification:
+    """A vision transformer for 8x8 digits, at random; 127,000 parameters.
+
+    Args:
+        options: further fields of its configuration.
+    """
     config = ViTConfig(
         hidden_size=64,
         num_hidden_layers=3,
@@ -244,19 +264,9 @@ def _pretrained(recipe: Recipe, data: _Data, advance: Advance, cache_dir: Path) 
         # nn.Linear's own scale at 64 inputs; the default 0.02 is meant for models 12 times as wide, and
         # leaves weights so small that a bound relative to them leaves little to learn with
         initializer_range=0.072,
+        **options,
     )
-    model = ViTForImageClassification(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=3e-3, total_steps=25 * recipe.pretraining_epochs
-    )
-    _train(model, data.source, recipe.pretraining_epochs, 3e-3, recipe.seed, advance, (optimizer, schedule))
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir) as temporary:
-        model.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(temporary, folder)
-    return folder
+    return ViTForImageClassification(config)
 
 
 def _cache_dir() -> Path:
