@@ -469,9 +469,15 @@ def test_other_tasks_are_not_served_as_language_models(
 
 
 def test_a_given_command_and_configuration_are_shown(tmp_path: Path) -> None:
-    page = finetune_page(tmp_path, finetuning(command=["nblora", "finetune", "a b"], config={"r": 8}))
+    page = finetune_page(
+        tmp_path,
+        finetuning(
+            command=["nblora", "finetune", "a b"],
+            config={"r": 8, "adapter": {"norm": "spectral"}, "ranks": [2, 8]},
+        ),
+    )
     assert "nblora finetune 'a b'" in page.snippets
-    assert json.loads(page.snippets[-1]) == {"r": 8}
+    assert page.snippets[-1] == "r: 8\nadapter: {norm: spectral}\nranks: [2, 8]"
 
 
 # --- what users wrote cannot break a page -----------------------------------------------------------
@@ -492,9 +498,8 @@ def test_what_users_wrote_is_text(tmp_path: Path) -> None:
     assert "<script" not in hover
 
 
-def test_what_users_wrote_is_text_in_a_comparison(tmp_path: Path, vision: dict[str, Any]) -> None:
-    content = json.loads(json.dumps(vision))
-    content.update(model=EVIL, data=EVIL, keep=EVIL, command=EVIL, config=EVIL)
+def test_what_users_wrote_is_text_in_a_comparison(tmp_path: Path) -> None:
+    content = small_comparison(model=EVIL, data=EVIL, keep=EVIL, command=EVIL, config=EVIL)
     for entry in content["methods"]:
         entry.update(label=EVIL, reason=EVIL)
     for run in content["runs"]:
@@ -670,6 +675,23 @@ def test_rows_by_hand() -> None:
     ]
 
 
+def test_brief_rows_fit_a_terminal(vision: dict[str, Any]) -> None:
+    heading, rows = comparison_rows(vision, brief=True)
+    assert heading == (
+        "method",
+        "(a) learning rate",
+        "(a) target accuracy (%)",
+        "(a) kept accuracy (%)",
+        "(b) worst target accuracy (%)",
+        "(b) worst kept accuracy (%)",
+        "(f) seconds",
+    )
+    full_heading, full_rows = comparison_rows(vision)
+    places = [full_heading.index(name) for name in heading]
+    assert rows == [tuple(row[place] for place in places) for row in full_rows]
+    assert sum(max(len(row[i]) for row in rows) + 2 for i in range(len(heading))) <= 80
+
+
 def in_nats(content: dict[str, Any]) -> dict[str, Any]:
     """The same comparison with scores that are minus nats per token."""
     return content | {"metric": "nats", "task": "causal-lm", "before": {"target": 0.5, "kept": 0.98}}
@@ -736,7 +758,11 @@ def test_the_answer_changes_with_the_numbers() -> None:
     content["runs"] = [run for run in content["runs"] if run["seed"] == 0]
     assert "with one seed" in further_sentences(content)[0]
     assert not any("±" in cell for row in comparison_rows(content)[1] for cell in row)
-    content["methods"][0]["picked"] = content["methods"][1]["picked"] = []
+    content["methods"][1]["picked"] = []
+    assert answer_sentence(content).startswith(
+        "Full at learning rate 0.01 has 91.0\u00a0% on target and 88.0"
+    )
+    content["methods"][0]["picked"] = []
     assert answer_sentence(content).startswith("No method finished a run at the reference")
 
 
@@ -750,7 +776,8 @@ def test_without_kept_data_the_target_decides(tmp_path: Path) -> None:
     assert "No data to keep were given" in page.text
     assert not any("kept" in name or "hypervolume" in name for name in comparison_rows(content)[0])
     assert {*page.figures} == {"target-by-learning-rate"}
-    assert len(comparison_figures(content, tmp_path / "figures")) == 4
+    assert static._draw_front(content) is None
+    assert len(static._draw_curves(content).axes) == 1
 
 
 def test_curves_by_hand() -> None:
@@ -843,7 +870,7 @@ def test_a_method_whose_every_run_failed(tmp_path: Path) -> None:
     assert row.pop("method") == "Full"
     assert row.pop("failed runs") == "4"
     assert {*row.values()} == {"–"}
-    assert "NB at learning rate 0.1 is best on the target, and on target and kept together" in page.text
+    assert "NB at learning rate 0.1 has 87.0 % on target and 91.0 % kept, of 98.0 % before." in page.text
     assert "no such layer" in page.text
     assert len(comparison_figures(content, tmp_path)) == 6
 
@@ -877,6 +904,13 @@ def test_transfer_by_hand(tmp_path: Path) -> None:
         "0.1",
         "70.0 / 91.0 lost 1.3 points",
     ]
+
+
+def test_a_comparison_can_be_run_again(tmp_path: Path) -> None:
+    assert not comparison_page(tmp_path, small_comparison()).snippets
+    (tmp_path / "config.yaml").touch()
+    (command,) = comparison_page(tmp_path, small_comparison()).snippets
+    assert command == f"nblora compare --config {tmp_path}/config.yaml --out {tmp_path}-again"
 
 
 def test_several_bounds_have_a_column_and_a_map(tmp_path: Path) -> None:
@@ -987,8 +1021,8 @@ def test_matplotlib_draws_what_plotly_draws(vision: dict[str, Any]) -> None:
         assert any(y == pytest.approx(trace["y"]) for y in drawn if len(y) == len(trace["y"]))
 
 
-def test_figures_are_files_without_pyplot(tmp_path: Path, vision: dict[str, Any]) -> None:
-    files = comparison_figures(vision, tmp_path / "new" / "figures")
+def test_figures_are_whole_files(tmp_path: Path) -> None:
+    files = comparison_figures(small_comparison(), tmp_path / "new" / "figures")
     names = ["front", "learning-rates", "heatmaps"]
     assert [file.name for file in files] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     for file in files:

@@ -19,6 +19,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
+TIMEOUT = 120_000  # milliseconds; a busy machine is no reason to fail
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -64,7 +65,7 @@ class Tab:
 
     def until(self, condition: str) -> None:
         """Wait; Playwright's own way evaluates text in the page, which the report's policy forbids."""
-        for _ in range(200):
+        for _ in range(TIMEOUT // 50):
             if self.evaluate(condition):
                 return
             self.page.wait_for_timeout(50)
@@ -106,6 +107,7 @@ def visit(browser: Any, files: Callable[[str], Path]) -> Iterator[Callable[..., 
                 is_mobile=phone,
             )
         )
+        contexts[-1].set_default_timeout(TIMEOUT)
         tab = Tab(contexts[-1].new_page())
         tab.page.goto(files(name).as_uri())
         tab.until("[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.main-svg'))")
@@ -238,7 +240,7 @@ def test_pointing_at_a_layer_tells_its_name(width: int, visit: Callable[..., Tab
     else:
         tab.page.mouse.move(*place)
     label = tab.page.locator(".hoverlayer .hovertext")
-    label.wait_for(timeout=5000)
+    label.wait_for()
     named = [layer.name for layer in layers if (label.text_content() or "").startswith(layer.name)]
     assert len(named) == 1
     assert abs(layers.index(next(layer for layer in layers if layer.name == named[0])) + 1 - 200) <= 1 + (

@@ -145,12 +145,24 @@ def _without_deviations(value: Any) -> Any:
     return value
 
 
-def comparison_rows(comparison: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def comparison_rows(
+    comparison: Mapping[str, Any], *, brief: bool = False
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The main table of a comparison as text: a heading, and a row for each available method.
 
     Units are in the heading; "–" stands for what was not measured.
+
+    Args:
+        comparison: as `comparison.json` holds it.
+        brief: only what fits a terminal: what a user would pick, the worst of the grid, seconds.
     """
     columns, findings = columns_and_findings(comparison)
+    if brief:
+        columns = [
+            column
+            for column in columns
+            if column.path[0] in ("picked", "seconds") or column.path[-1] == "worst"
+        ]
     letters = [column.group.split()[0] if column.group.startswith("(") else "" for column in columns]
     heading = [f"{letter} {column.heading}".strip() for letter, column in zip(letters, columns)]
     rows = [
@@ -189,11 +201,13 @@ def answer_sentence(comparison: Mapping[str, Any]) -> str:
         choice += f" and bound {rate_text(picked['bound'])}"
     target = shown["target"].phrase(picked["target"]["mean"])
     if not kept:
-        return f"{choice} learns most: {target}."
+        return f"{choice} learns most: {target}." if len(ranked) > 1 else f"{choice} has {target}."
     both = f"{target} and {shown['kept'].phrase(picked['kept']['mean'])}"
     before = look_up(comparison, "before", "kept")
     if comparison["metric"] == "accuracy" and finite_number(before) is not None:
         both += f", of {shown['kept'].measure(before)} before"
+    if len(ranked) == 1:
+        return f"{choice} has {both}."
     leader = max(ranked, key=lambda pair: float(pair[1]["target"]["mean"]))[0]
     if leader is entry:
         return f"{choice} is best on the target, and on target and kept together: {both}."

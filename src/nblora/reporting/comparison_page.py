@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,14 @@ def _meanings(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"loses on the target against picking again there{', and the worst kept score' if kept else ''}.",
         ),
     ]
+    if not any(entry.get("transfer") for entry in available_methods(comparison)):
+        meanings.pop()
     if kept:
         meaning = "The area of target and kept score that the front of a seed's runs dominates"
         if None not in corner and len(corner) == 2:
             words = both_text(corner, shown)
             meaning += f", measured from {words}"
-        meanings.append(("(e)", f"{meaning}. Higher is better, ± as above."))
+        meanings.append(("(e)", f"{meaning}. Higher is better{', ± as above' if seeds > 1 else ''}."))
     meanings.append(("(f)", f"Of a run at {where}: training time and peak memory, medians."))
     return meanings
 
@@ -189,7 +192,7 @@ def _transfer(comparison: Mapping[str, Any]) -> dict[str, Any]:
     entries = [entry for entry in available_methods(comparison) if entry.get("transfer")]
     places = sorted(
         {(found["epochs"], found.get("rank")) for entry in entries for found in entry["transfer"]},
-        key=lambda place: (place[0], place[1] or 0),
+        key=lambda place: (place[1] is None, place[0], place[1] or 0),
     )
     rows = []
     for entry in entries:
@@ -200,7 +203,8 @@ def _transfer(comparison: Mapping[str, Any]) -> dict[str, Any]:
     titles = [shown["target"].title, *([shown["kept"].title] if has_kept(comparison) else [])]
     return {
         "columns": [
-            (f"rank {rank}, " if rank is not None else "") + epochs_text(epochs) for epochs, rank in places
+            f"{'no rank' if rank is None else f'rank {rank}'}, {epochs_text(epochs)}"
+            for epochs, rank in places
         ],
         "rows": rows,
         "caption": f"Picked at {_reference_text(comparison)}, used elsewhere. A cell has "
@@ -233,7 +237,8 @@ def _lost_runs(comparison: Mapping[str, Any]) -> dict[str, Any]:
     ]
     return {
         "heading": ("method", "learning rate", "rank", "epochs", "bound", "seed", "what happened"),
-        "caption": f"Of {plural(total, 'run')} {listed(parts)}. They count as lost, not as missing.",
+        "caption": f"Of {plural(total, 'run')} {listed(parts)}. "
+        "A diverged run counts with the worst score of all runs, a failed one not at all.",
         "rows": [
             (
                 labels.get(run["method"], str(run["method"])),
@@ -279,7 +284,8 @@ def _comparison_facts(comparison: Mapping[str, Any]) -> list[tuple[str, str, boo
         ("seeds", "Seeds"),
     ):
         if grid.get(name):
-            facts.append((word, ", ".join(rate_text(value) for value in grid[name]), False))
+            labels = rate_labels(grid[name]) if name == "learning_rates" else map(rate_text, grid[name])
+            facts.append((word, ", ".join(labels), False))
     return facts
 
 
@@ -299,7 +305,7 @@ def comparison_report(comparison: Mapping[str, Any], out: PathLike) -> Path:
 
     Args:
         comparison: as `comparison.json` holds it; "command" and "config" are shown where they are there.
-        out: the HTML file.
+        out: the HTML file, in the folder of the comparison.
 
     Returns:
         The file.
@@ -310,6 +316,11 @@ def comparison_report(comparison: Mapping[str, Any], out: PathLike) -> Path:
     """
     curves = [plot for score in ("target", "kept") if (plot := curve_plot(comparison, score))]
     trade_off = trade_off_plot(comparison)
+    folder = Path(out).parent
+    again = None
+    if (folder / "config.yaml").is_file():
+        arguments = ["--config", str(folder / "config.yaml"), "--out", f"{folder}-again"]
+        again = shlex.join(["nblora", "compare", *arguments])
     families = [_heat_family(comparison, along) for along in ("rank", "epochs", "bound")]
     return write_page(
         out,
@@ -334,5 +345,5 @@ def comparison_report(comparison: Mapping[str, Any], out: PathLike) -> Path:
             if not entry.get("available", True)
         ],
         facts=_comparison_facts(comparison),
-        reproducing=reproducing_snippets(comparison, None),
+        reproducing=reproducing_snippets(comparison, again),
     )

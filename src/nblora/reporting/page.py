@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,11 +46,19 @@ def reproducing_snippets(content: Mapping[str, Any], otherwise: str | None) -> l
         snippets.append(Snippet("Command", words))
     config = content.get("config")
     if config:
-        words = (
-            config if isinstance(config, str) else json.dumps(finite(config), indent=2, ensure_ascii=False)
-        )
+        words = config if isinstance(config, str) else _yaml(config)
         snippets.append(Snippet("Configuration (YAML)", words))
     return snippets
+
+
+def _yaml(value: Any) -> str:
+    """As a configuration file has it, lists of plain values in one line."""
+    import yaml
+
+    text: str = yaml.safe_dump(
+        finite(value), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+    )
+    return text.rstrip()
 
 
 def require_libraries() -> None:
