@@ -237,15 +237,6 @@ def test_without_a_trainer_the_numbers_are_added_to_the_logs() -> None:
     assert logs == close(flat(layers))
 
 
-@pytest.mark.parametrize("at_once", [1, 2000, 2**24])
-def test_batches_of_any_size_measure_the_same(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(norm="nuclear", parametrization="svd")
-    monkeypatch.setattr("nblora.callbacks._AT_ONCE", at_once)
-    layers, _ = measure(model)
-    assert layers == close(independent(model, "nuclear"))
-    assert [*layers] == [*independent(model)]
-
-
 class Operations(TorchDispatchMode):
     """Counts tensor operations by name."""
 
@@ -259,13 +250,27 @@ class Operations(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+@pytest.mark.parametrize(("at_once", "batches"), [(1, 14), (2**9, 7), (2**24, 4)])
+def test_batches_of_any_size_measure_the_same(
+    at_once: int, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(norm="nuclear", parametrization="svd")
+    monkeypatch.setattr("nblora.callbacks._AT_ONCE", at_once)
+    with Operations() as operations:
+        layers, _ = measure(model)
+    assert layers == close(independent(model, "nuclear"))
+    assert [*layers] == [*independent(model)]
+    assert operations.counts["linalg_qr"] == 2 * batches
+
+
 def test_it_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One copy to the host for all layers, no wait before it, equal layers together, no (m, n) product."""
+    """One copy for all layers, no wait before it, equal layers together, no graph, no (m, n) product."""
     model = adapted()
     waits: list[dict[str, int]] = []
     copy = Tensor.cpu
 
     def counted(tensor: Tensor) -> Tensor:
+        assert not tensor.requires_grad
         waits.append(dict(operations.counts))
         return copy(tensor)
 
@@ -325,13 +330,13 @@ def test_nan_is_never_a_number() -> None:
     """One layer of a batch of equal ones is broken: it and what covers all layers are NaN, others are not."""
     model = adapted()
     expected = independent(model)
-    for name, broken in (("layers.0.self_attn.q_proj", math.nan), ("layers.1.self_attn.k_proj", math.inf)):
+    for name, broken in (("layers.0.mlp.up_proj", math.nan), ("layers.1.self_attn.k_proj", math.inf)):
         layer = model.base_model.model.model.get_submodule(name)
         layer.nblora_radius["default"].weight.fill_(broken)
         assert set(layer.method) == {"default"}
         expected[f"model.{name}"]["share"] = math.nan
     layer.nblora_radius["default"].weight.fill_(0.1)
-    first, second = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
+    first, second = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.k_proj"
     with torch.no_grad():
         layer.nblora_in["default"].weight[0, 0] = math.nan
     layers, logs = measure(model)
@@ -385,6 +390,9 @@ def test_the_same_names_through_every_door(tmp_path: Path) -> None:
     compiled = torch.compile(model, backend="eager")
     assert measure(compiled)[0] == expected
     assert measure(nn.DataParallel(compiled))[0] == expected
+    parallel = torch.compile(nn.DataParallel(model), backend="eager")
+    assert measure(parallel)[0] == expected
+    assert isinstance(parallel._orig_mod, nn.DataParallel)  # not unwrapped for good
     for i, block in enumerate(model.base_model.model.model.layers):
         model.base_model.model.model.layers[i] = torch.compile(block, backend="eager")
     assert [*measure(model)[0]] == names
@@ -426,8 +434,16 @@ def test_active_adapters_only_and_by_name_if_several() -> None:
     assert "nblora/model.layers.0.self_attn.q_proj/other/norm" in logs
 
 
-def test_beside_another_method(tmp_path: Path) -> None:
-    """A mixed model has layers of other methods, which are not measured."""
+def test_layers_that_lack_an_active_adapter() -> None:
+    model = adapted(target_modules=["q_proj", "k_proj"])
+    model.add_adapter("other", NBLoraConfig(**(ALL | {"init_weights": False, "target_modules": ["k_proj"]})))
+    model.base_model.set_adapter(["default", "other"])
+    adapters = ("q_proj/default", "k_proj/default", "k_proj/other")
+    expected = {f"model.layers.{i}.self_attn.{adapter}" for i in (0, 1) for adapter in adapters}
+    assert set(measure(model)[0]) == expected
+
+
+def test_a_mixed_model_without_ours_is_refused() -> None:
     from peft import PeftMixedModel
 
     model = PeftMixedModel(TwoLayers(), LoraConfig(target_modules=["first"]), "default")

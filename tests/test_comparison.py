@@ -622,6 +622,18 @@ def test_methods_that_make_no_comparison_are_refused(tmp_path: Path, methods: An
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_and_the_folder_of_another_job_are_refused(tmp_path: Path, measured_before: list[Any]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=f"the folder to write must not be a file, got {tmp_path}/file"):
+        pretend(SMALL, tmp_path / "file")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "config.yaml").write_text("model: of a fine-tuning job")
+    with pytest.raises(SettingsError, match=r"must be new or that of a comparison, got .*job"):
+        pretend(SMALL, tmp_path / "job")
+    assert [file.name for file in (tmp_path / "job").iterdir()] == ["config.yaml"]
+    assert measured_before == []
+
+
 def test_a_configuration_object_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()

@@ -530,7 +530,33 @@ def test_every_task_end_to_end(task: str, tmp_path: Path) -> None:
     assert certify(out / "lora").holds
 
 
-# --- several processes ---
+# --- several batches, several processes ---
+
+
+@pytest.mark.parametrize("task", ["seq-cls", "causal-lm", "seq2seq"])
+def test_accumulated_batches_count_as_one(task: str, samples: dict[str, str], tmp_path: Path) -> None:
+    """Their gradients are averaged, not added."""
+    files = job(task, tmp_path) if task != "seq-cls" else {**samples}
+    if task == "seq-cls":
+        files["model"] = classifier(tmp_path / "model", "bad", "good", dropout=0.0)
+    config = json.loads((Path(files["model"]) / "config.json").read_text())
+    (Path(files["model"]) / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
+    found = []
+    for size in (4, 2):
+        train = {
+            "max_steps": 3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": 4 // size,
+        }
+        out = tmp_path / f"{size}"
+        finetune(settings({**files, "keep": None}, task=task, train=train, max_length=32), out, report=False)
+        found.append(metrics(out)["history"])
+    for one, two in zip(*found, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=0.02)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.2)
 
 
 @pytest.mark.slow

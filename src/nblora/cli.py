@@ -556,12 +556,13 @@ def _one_line_errors(first: bool = True) -> Iterator[None]:
     """Turn errors about the user's input into one line on standard error and exit status 2.
 
     Args:
-        first: whether this is the first of the processes of a job, which speaks for all.
+        first: whether this is the first of the processes of a job, which speaks for all. What the system
+            refuses may concern one process only, which says so.
     """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        _fail(" ".join(str(error).split()), first=first)
+        _fail(" ".join(str(error).split()), first=first or isinstance(error, OSError))
 
 
 def _fail(message: str, status: int = UNREADABLE, first: bool = True) -> NoReturn:

@@ -502,6 +502,10 @@ def compare(
         raise SettingsError(f"methods must have one that can be run, got {', '.join(config.methods)}")
     if len(jobs) != len(wanted):
         raise SettingsError(f"names of methods must make different files, got {', '.join(config.methods)}")
+    if out.exists() and not out.is_dir():
+        raise SettingsError(f"the folder to write must not be a file, got {out}")
+    if (out / "config.yaml").exists() and not ((out / "before.json").exists() or (out / "runs").exists()):
+        raise SettingsError(f"the folder to write must be new or that of a comparison, got {out}")
     finished = _finished(config, out, retry_failed)
     before = _all_before(out, jobs)  # also finds bad data before anything is started
     write_yaml(out / "config.yaml", config.to_dict())

@@ -231,6 +231,8 @@ class BoundedTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         arguments.label_names = ["labels"]
+        if arguments.log_level_replica == "warning":
+            arguments.log_level_replica = "error"  # transformers' default; the first process speaks for all
         arguments.remove_unused_columns = False  # the data hold model inputs only
         evaluated = {"target": data.validation}
         if data.keep_validation is not None:
@@ -247,6 +249,11 @@ class BoundedTrainer(Trainer):
             preprocess_logits_for_metrics=data.preprocess_logits,
             callbacks=list(callbacks),
         )
+        if data.task != "causal-lm":
+            # transformers 5 takes a forward with **kwargs for one that divides its loss by
+            # num_items_in_batch. That of BERT, T5 and others is a mean, and gradients would grow with the
+            # number of processes and of accumulated batches
+            self.model_accepts_loss_kwargs = False
 
     optimizer: torch.optim.Optimizer | None
     _tr_loss: torch.Tensor
@@ -263,6 +270,7 @@ class BoundedTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         with suppress(AttributeError):  # in a transformers that counts otherwise the curve has a kink
             losses = {"sum": self._tr_loss.item(), "since_step": self._globalstep_last_logged}
+            os.makedirs(output_dir, exist_ok=True)  # this process may be ahead of the one that makes it
             (Path(output_dir) / self._losses_file()).write_text(json.dumps(losses))
         super()._save_rng_state(output_dir)
 

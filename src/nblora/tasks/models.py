@@ -123,8 +123,6 @@ def _replace_head(model: Any, name: str, labels: Sequence[str]) -> None:
     head = skeleton.get_submodule(name)
     reference = next(model.get_submodule(name).parameters())
     head.to_empty(device=reference.device)
-    for parameter in head.parameters():
-        parameter._is_hf_initialized = False  # transformers would leave it as it is
     with torch.no_grad():
         for module in head.modules():
             skeleton._init_weights(module)

@@ -75,9 +75,8 @@ class TextProcess:
         if self.task == "seq-cls":
             columns: dict[str, Tensor | Ragged] = {name: Ragged.of(values) for name, values in found.items()}
             return TensorRows({**columns, "labels": torch.tensor(piece.labels)})
-        first = (
-            1 if self.task == "causal-lm" else 0
-        )  # nothing comes before the first token to predict it from
+        # nothing comes before the first token of a text to predict it from
+        first = 1 if self.task == "causal-lm" else 0
         useful = [bool((labels[first:] != IGNORED).any()) for labels in found["labels"]]
         if not any(useful):
             raise TaskError(
@@ -155,7 +154,6 @@ class TextProcess:
                     tokenize=True,
                     return_dict=True,
                     return_assistant_tokens_mask=marked,
-                    tokenizer_kwargs={"verbose": False},
                 )
             except ImportError:
                 raise  # of Jinja, which the user can mend
@@ -222,7 +220,7 @@ class TextProcess:
     def _encode(self, *texts: Any, truncation: bool = True, **options: Any) -> Any:
         if truncation:
             options |= {"truncation": True, "max_length": self.max_length}
-        return self.processor(*texts, verbose=False, **options)
+        return self.processor(*texts, **options)
 
     def _inputs(self, encoded: Any, *, filled: bool = True) -> Inputs:
         """What the model takes of a tokenizer's output; a row without tokens gets one, to be no gap."""
