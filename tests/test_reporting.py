@@ -210,7 +210,8 @@ def test_a_language_model_s_numbers(tmp_path: Path) -> None:
     [
         ((0.101, 0.985), "learned nothing on the target and gave up nothing of what it must keep"),
         ((0.05, 0.99), "lost 5.1 points on the target and gained 0.5 points on what it must keep"),
-        ((math.nan, 0.5), "has no number for the target, the training diverged and gave up 48.5 points"),
+        ((0.2, math.nan), "learned 9.9 points on the target and has no number for what it must keep."),
+        ((math.nan, 0.5), "The training diverged: what the model scores on the target is not a number."),
     ],
 )
 def test_headlines(after: tuple[float, float], words: str, tmp_path: Path) -> None:

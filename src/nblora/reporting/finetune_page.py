@@ -60,16 +60,18 @@ def _certificate(content: Mapping[str, Any]) -> Certificate:
 def _headline(metrics: Mapping[str, Any]) -> str:
     """What was learned and what was kept, in one sentence."""
     scale = levels(metrics["metric"])
+    if finite_number(look_up(metrics, "after", "target", "score")) is None:
+        return "The training diverged: what the model scores on the target is not a number."
     pieces = []
-    for part, nothing, unknown in (
-        ("target", "learned nothing on the target", "has no number for the target"),
-        ("keep", "gave up nothing of what it must keep", "has no number for what it must keep"),
+    for part, nothing in (
+        ("target", "learned nothing on the target"),
+        ("keep", "gave up nothing of what it must keep"),
     ):
         if part == "keep" and not (look_up(metrics, "after", "keep") or look_up(metrics, "before", "keep")):
             continue
         before, after = (finite_number(look_up(metrics, when, part, "score")) for when in ("before", "after"))
         if after is None:
-            pieces.append(unknown + (", the training diverged" if part == "target" else ""))
+            pieces.append("has no number for what it must keep")
         elif before is None:
             words = "on the target" if part == "target" else "on what it must keep"
             pieces.append(f"reaches {scale.measure(after)} {words}")
