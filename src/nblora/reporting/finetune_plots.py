@@ -180,7 +180,7 @@ def depth_plot(certificate: Certificate) -> Plot | None:
         title="Share of the bound used over depth",
         alt=f"Share of the bound used by block for {plural(len(kinds), 'kind')} of layers; {fullest} uses "
         "most.",
-        caption="Lines that touch 100 % would use a larger bound; lines far below do not need theirs.",
+        caption="Lines at 100 % may want a larger bound; lines far below do not feel theirs.",
         data=data,
         layout=layout_of(
             "block",
