@@ -74,10 +74,16 @@ def classifier(folder: Path, *labels: str, dropout: float = 0.1) -> str:
 
 
 def forked(work: Callable[[], object], log: Path) -> int:
-    """The exit status of work in a process of its own, minus the signal that ended it.
+    """The exit status of work in a process of its own, or minus the signal that ended it."""
+    return status_of(fork(work, log))
 
-    Forked, which is a hundred times faster than a new interpreter. What it prints goes to `log`.
-    """
+
+def status_of(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def fork(work: Callable[[], object], log: Path) -> int:
+    """Start work in a process of its own, much faster than in a new interpreter; it prints to `log`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks with threads
         process = os.fork()
@@ -99,4 +105,4 @@ def forked(work: Callable[[], object], log: Path) -> int:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return process

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import functools
+import itertools
 import json
 import os
 import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -30,7 +34,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from job_samples import classifier, forked, review_folder
+from job_samples import classifier, fork, forked, review_folder, status_of
 from nblora import certify, training
 from nblora.training import FinetuneResult, finetune
 from test_tasks import bert, llama, named, pictures, t5, table, vit
@@ -559,6 +563,56 @@ def test_accumulated_batches_count_as_one(task: str, samples: dict[str, str], tm
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.2)
 
 
+def assert_same_but_for_rounding(folder: Path, other: Path) -> None:
+    ours, theirs = tensors(folder), tensors(other)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
+    found, expected = metrics(folder), metrics(other)
+    assert (found["processes"], expected["processes"]) == (2, 1)
+    for when, name in itertools.product(("before", "after"), ("target", "keep")):
+        assert found[when][name]["nats"] == pytest.approx(expected[when][name]["nats"], rel=1e-4)
+    for one, two in zip(expected["history"], found["history"], strict=True):
+        assert two.get("loss", 0) == pytest.approx(one.get("loss", 0), rel=1e-3)
+
+
+@pytest.fixture(scope="session")
+def alone(samples: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """The settings of a run in two processes, and the folder of one process with the same batches."""
+    folder = tmp_path_factory.mktemp("alone")
+    files = {**samples, "model": classifier(folder / "model", "bad", "good", dropout=0.0)}
+    finetune(settings(files), folder / "out", report=False)
+    return settings(files, train={"per_device_train_batch_size": 2}), folder / "out"
+
+
+def test_two_processes_learn_what_one_does_and_resume(
+    alone: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """The environment is that of torchrun; one of the two is asked to stop, and both do."""
+    together, expected = alone
+    out = tmp_path / "out"
+
+    def process(rank: int, port: int, resume: bool) -> None:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        os.environ.update({name: str(value) for name, value in places.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
+        stop = [At(5, lambda: os.kill(os.getpid(), signal.SIGINT))] if rank == 1 else []
+        if resume:
+            finetune(together, out, report=False, resume=True)
+            return
+        with pytest.raises(training.Interrupted, match="stopped after step 8 of 12"):
+            finetune(together, out, callbacks=stop, report=False)
+
+    for resume in (False, True):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        logs = [tmp_path / f"log-{rank}" for rank in range(2)]
+        processes = [
+            fork(functools.partial(process, rank, port, resume), log) for rank, log in enumerate(logs)
+        ]
+        assert [status_of(one) for one in processes] == [0, 0], [log.read_text() for log in logs]
+    assert_same_but_for_rounding(out, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
@@ -574,13 +628,12 @@ def test_accumulated_batches_count_as_one(task: str, samples: dict[str, str], tm
     ],
     ids=["torchrun", "accelerate launch"],
 )
-def test_two_processes_write_what_one_does(
-    launcher: list[str], samples: dict[str, str], tmp_path: Path
+def test_launchers_work_unchanged(
+    launcher: list[str], alone: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
-    files = {**samples, "model": classifier(tmp_path / "model", "bad", "good", dropout=0.0)}
-    finetune(settings(files), tmp_path / "one", report=False)
-    job_file, out = tmp_path / "job.yaml", tmp_path / "two"
-    training.write_yaml(job_file, settings(files, train={"per_device_train_batch_size": 2}))
+    together, expected = alone
+    job_file, out = tmp_path / "job.yaml", tmp_path / "out"
+    training.write_yaml(job_file, together)
     command = ["-m", "nblora", "finetune", "--config", str(job_file), "--out", str(out)]
     finished = subprocess.run(
         [sys.executable, "-m", *launcher, *command],
@@ -591,10 +644,5 @@ def test_two_processes_write_what_one_does(
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert {path.name for path in out.iterdir()} == PROMISED
-    one, two = tensors(tmp_path / "one"), tensors(out)
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
-    found, expected = metrics(out), metrics(tmp_path / "one")
-    assert found["processes"] == 2
-    for name in ("target", "keep"):
-        assert found["before"][name]["nats"] == pytest.approx(expected["before"][name]["nats"], rel=1e-5)
-        assert found["after"][name]["nats"] == pytest.approx(expected["after"][name]["nats"], rel=1e-3)
+    assert finished.stdout.count("Wrote to") == 1, "one process speaks for all"
+    assert_same_but_for_rounding(out, expected)

@@ -499,6 +499,38 @@ class _Clock(TrainerCallback):
         return 0.0
 
 
+class _MeasureBefore(TrainerCallback):
+    """Test metrics of the model before its first step, from an earlier process of this run if there was one.
+
+    Measured when training begins: a model that is evaluated before that counts as prepared for accelerate,
+    and processes that train together would not share their gradients.
+    """
+
+    trainer: BoundedTrainer
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.scores: dict[str, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.scores = self._saved() or self._measured()
+        set_seed(args.seed)  # the same stream of random numbers whether or not that was measured now
+
+    def _saved(self) -> dict[str, Any] | None:
+        with suppress(OSError, ValueError):
+            saved: dict[str, Any] = json.loads(self.file.read_text())
+            return saved
+        return None
+
+    def _measured(self) -> dict[str, Any]:
+        scores = self.trainer.measure("test")
+        if self.trainer.is_world_process_zero():
+            _write_text(self.file, json.dumps(finite(scores)))
+        return scores
+
+
 class Progress(TrainerCallback):
     """Calls a function after every optimizer step with the step and the last one."""
 
@@ -627,7 +659,8 @@ def finetune(
     stop, clock = _StopOnSignal(), _Clock(_Clock.seconds_of(checkpoint))
     # often enough for a curve, and not so often that the log of a long run outgrows the adapter
     spectra = NBLoraCallback(every=max(1, _steps(arguments, data) // 100))
-    watching = [stop, _SaveAfterEvaluation(), clock, spectra, *callbacks]
+    before = _MeasureBefore(out / "checkpoints" / "before.json")
+    watching = [stop, before, _SaveAfterEvaluation(), clock, spectra, *callbacks]
     if advance is not None:
         watching.append(Progress(advance))
     trainer = BoundedTrainer(model, base, data, arguments, callbacks=watching)
@@ -637,8 +670,7 @@ def finetune(
         if first:
             out.mkdir(parents=True, exist_ok=True)
             write_yaml(out / "config.yaml", config.to_dict())
-        before = _measured_before(trainer, out / "checkpoints" / "before.json")
-        set_seed(arguments.seed)  # the same stream of random numbers whether or not that was measured now
+        before.trainer = trainer
         with Meter() as meter:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
@@ -662,7 +694,7 @@ def finetune(
             "method": "NB-LoRA",
             "adapter": {name: _plain(getattr(nblora_config, name)) for name in _adapter_fields()},
             "train": dict(config.train),
-            "before": before,
+            "before": before.scores,
             "after": after,
             "validation": validation,
             "history": _history(trainer.state.log_history),
@@ -723,18 +755,6 @@ def last_checkpoint(folder: PathLike) -> Path | None:
         if os.environ.get("RANK", "0") == "0":
             shutil.rmtree(path, ignore_errors=True)
     return None
-
-
-def _measured_before(trainer: BoundedTrainer, file: Path) -> dict[str, Any]:
-    """Test metrics of the model before training, from an earlier process of this run if there was one."""
-    if file.is_file():
-        with suppress(OSError, ValueError):
-            saved: dict[str, Any] = json.loads(file.read_text())
-            return saved
-    before = trainer.measure("test")
-    if trainer.is_world_process_zero():
-        _write_text(file, json.dumps(finite(before)))
-    return before
 
 
 def _save_adapter(trainer: BoundedTrainer, folder: Path) -> None:
