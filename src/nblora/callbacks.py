@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from nblora.lowrank import full_precision
 from nblora.parametrizations import FreeParameters
 from nblora.tuner.layer import Method, NBLoraLayer
 
@@ -347,9 +346,8 @@ def _batch(method: Method, group: Sequence[tuple[str, FreeParameters, Tensor]]) 
     )
     radius = torch.stack(radii)
     update = method.update(stacked, radius)
-    with full_precision(update.left):
-        left = torch.linalg.qr(update.left, mode="r").R
-        right = torch.linalg.qr(update.right.mT, mode="r").R
+    left = torch.linalg.qr(update.left, mode="r").R
+    right = torch.linalg.qr(update.right.mT, mode="r").R
     return _Batch(list(names), method, torch.stack([left, right]), radius)
 
 
