@@ -343,12 +343,12 @@ def test_scores_of_known_logits() -> None:
 def test_macro_f1() -> None:
     data = task_data("token-cls")
     labels = torch.tensor([[0, 0, 0, 1, 1, IGNORED], [2, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED]])
-    predicted = torch.tensor([[0, 0, 1, 1, 0, 3], [1, 0, 0, 0, 0, 0]])
+    predicted = torch.tensor([[0, 0, 1, 1, 0, 3], [3, 0, 0, 0, 0, 0]])
     rows = data.preprocess_logits(10 * nn.functional.one_hot(predicted, 4).float(), labels)
     scores = data.compute_metrics(EvalPrediction(rows.numpy(), labels.numpy()))
     assert scores["accuracy"] == pytest.approx(3 / 6)
-    # class 0: 2 of 3 found, 2 of 3 right; class 1: 1 of 2 found, 1 of 3 right; class 2: none
-    assert scores["f1"] == pytest.approx((2 / 3 + 2 / 5 + 0) / 3)
+    # class 0: 2 of 3 found, 2 of 3 right; 1: 1 of 2 found, 1 of 2 right; 2: missed; 3: made up
+    assert scores["f1"] == pytest.approx((2 / 3 + 1 / 2 + 0 + 0) / 4)
 
 
 def task_data(task: Any) -> TaskData:
@@ -734,6 +734,22 @@ def test_errors_name_the_row_of_the_file(tmp_path: Path, models: Callable[[str],
         prepare("seq-cls", models("bert"), str(file), max_train_samples=1, max_eval_samples=1)
 
 
+def test_errors_name_the_row_of_the_file_in_other_roles_too(
+    tmp_path: Path, models: Callable[[str], str]
+) -> None:
+    answers = [None if row == 77 else "yes" for row in range(1, 101)]
+    source = table(tmp_path / "rows.jsonl", prompt=["why"] * 100, completion=answers)
+    with pytest.raises(TaskError, match=r"column 'completion' of row 77 of .*rows\.jsonl$"):
+        prepare("causal-lm", models("llama"), source)
+
+
+def test_a_hidden_label_among_others_is_missing(tmp_path: Path, models: Callable[[str], str]) -> None:
+    kinds = Features(text=Value("string"), label=ClassLabel(names=["bad", "good"]))
+    source = three(tmp_path / "rows", {"text": TEXTS, "label": [0, 1, -1, 0]}, kinds)
+    with pytest.raises(TaskError, match=r"must have a label, got -1 in column 'label' of row 3 of"):
+        prepare("seq-cls", models("bert"), source)
+
+
 @pytest.mark.parametrize("hidden", [-1, None, "no column"])
 def test_splits_without_labels_are_not_used(
     tmp_path: Path, models: Callable[[str], str], hidden: Any
@@ -788,6 +804,7 @@ def test_a_row_without_tokens_is_no_gap(tmp_path: Path) -> None:
     base = load_base_model(data, model)
     scores = measured(data, base.model, data.test, tmp_path / "out")
     assert math.isfinite(scores["nats"])
+    assert len(data.train[0]["input_ids"]) == 1
     assert "token_type_ids" not in data.train[0], "the model has no use for them"
 
 
@@ -1210,6 +1227,7 @@ def head_of(config: Any, kind: str) -> str | None:
 
     with torch.device("meta"):
         model = getattr(transformers, kind)(config)
+    assert tasks.models._find_head(model, 9) is None, "a head has an output for each class"
     return tasks.models._find_head(model, 7)
 
 

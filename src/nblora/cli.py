@@ -405,7 +405,7 @@ def compare(
                 )
         from nblora.reporting import comparison_rows
 
-        heading, rows = comparison_rows(comparison)
+        heading, rows = comparison_rows(comparison, brief=True)
         table = Table(*heading, box=SIMPLE_HEAD)
         for row in rows:
             table.add_row(*row)

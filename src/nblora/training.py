@@ -691,6 +691,8 @@ def finetune(
             },
             **{name: getattr(config, name) for name in ("task", "model", "data", "keep", "seed")},
             "metric": data.metric,
+            "new_head": data.new_head,
+            "labels": None if data.labels is None else list(data.labels),
             "method": "NB-LoRA",
             "adapter": {name: _plain(getattr(nblora_config, name)) for name in _adapter_fields()},
             "train": dict(config.train),
