@@ -107,7 +107,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def soon(condition: Callable[[], bool], seconds: float = 60) -> bool:
+def soon(condition: Callable[[], bool], seconds: float = 120) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
@@ -163,7 +163,7 @@ def test_a_consumer_that_stops_early_leaves_nothing_behind(tmp_path: Path) -> No
     assert found["start"] == multiprocessing.get_context().get_start_method(), "of processes that load data"
     started = time.monotonic()
     records.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert multiprocessing.active_children() == []
     assert not any(alive(worker.pid) for worker in workers)
     assert not Path(found["temporary"]).exists()
