@@ -592,6 +592,7 @@ def test_two_processes_learn_what_one_does_and_resume(
 
     def process(rank: int, port: int, resume: bool) -> None:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun sets it
         os.environ.update({name: str(value) for name, value in places.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked

@@ -374,7 +374,7 @@ def compare(
             TextColumn("{task.percentage:.0f} %"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console) as progress:
+        with Progress(*columns, console=console, transient=True) as progress:
             bar = progress.add_task("Measuring the base model", total=1.0)
             count = 0
 
