@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -1315,27 +1312,3 @@ def test_indices_outside_are_refused(tmp_path: Path, models: Callable[[str], str
     assert len([*data.train]) == len(data.train) == 10
     with pytest.raises(IndexError, match="from 0 to 9, got 10"):
         data.train[10]
-
-
-WORKERS = """
-import sys
-from torch.utils.data import DataLoader
-from nblora.tasks import prepare
-data = prepare("causal-lm", sys.argv[1], sys.argv[2], max_length=16)
-loader = DataLoader(data.train, 100, collate_fn=data.collator, num_workers=2)
-print(sum(int(batch["input_ids"].sum()) for batch in loader))
-"""
-
-
-def test_data_loaders_with_workers_say_nothing(tmp_path: Path, models: Callable[[str], str]) -> None:
-    source = table(tmp_path / "rows.jsonl", text=[f"text {number}" for number in range(2000)])
-    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", WORKERS, models("llama"), source],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.stderr == ""
-    data = prepare("causal-lm", models("llama"), source, max_length=16)
-    assert int(done.stdout) == sum(stream_of(data.train))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +50,7 @@ class TextProcess:
         Raises:
             TaskError: if a row is not what its role asks for, or there is nothing to predict.
         """
-        with quietly(), _tokenizing():
+        with quietly():
             if self.task == "causal-lm" and "text" in piece.columns:
                 return self._blocks(piece, limit, seed)
             piece = piece.sample(limit, seed=seed)
@@ -274,28 +272,6 @@ def _messages(chat: Any, where: str) -> list[dict[str, Any]]:
             raise TaskError(f"every message must have a 'role', got {str(message)[:80]} in {where}")
         found.append(message)
     return found
-
-
-_chosen_here = False  # whether TOKENIZERS_PARALLELISM is ours and not the user's
-
-
-@contextmanager
-def _tokenizing() -> Iterator[None]:
-    """Tokenizers work in parallel inside, and one text at a time afterwards.
-
-    Once they have worked in parallel, they warn whenever a data loader forks, and stop doing so in the fork;
-    unless they are told.
-    """
-    global _chosen_here
-    if "TOKENIZERS_PARALLELISM" in os.environ and not _chosen_here:
-        yield
-        return
-    _chosen_here = True
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    try:
-        yield
-    finally:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _load_tokenizer(model: str, task: str) -> Any:
