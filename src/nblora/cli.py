@@ -245,7 +245,8 @@ def finetune(
             BarColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(), transient=True, disable=not first) as progress:
+        bars = Progress(*columns, console=Console(), transient=True, disable=not first)
+        with _own_warnings_in_one_line(), bars as progress:
             bar = progress.add_task("Training", total=1)
             try:
                 result = finetune(
@@ -549,6 +550,25 @@ def _quiet_libraries() -> None:
     datasets.disable_progress_bars()
     # PEFT 0.21 asks transformers 5 for a property by its old name
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing.", category=FutureWarning)
+    # transformers' default, where there is no GPU
+    warnings.filterwarnings("ignore", message=".pin_memory. argument is set", category=UserWarning)
+
+
+@contextmanager
+def _own_warnings_in_one_line() -> Iterator[None]:
+    from nblora.callbacks import BoundUseWarning
+
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def briefly(message: Warning | str, category: type[Warning], *place: Any, **others: Any) -> None:
+            if issubclass(category, BoundUseWarning):
+                typer.echo(f"nblora: {message}", err=True)
+            else:
+                show(message, category, *place, **others)
+
+        warnings.showwarning = briefly
+        yield
 
 
 @contextmanager
