@@ -371,8 +371,8 @@ def test_a_missing_file_is_refused(name: str, folder: Path) -> None:
     refused(folder, f"must have {name}", str(folder))
 
 
-def test_a_file_in_place_of_a_folder_is_refused(folder: Path) -> None:
-    refused(weights_file(folder), str(weights_file(folder)), "folder")
+def test_the_weights_file_stands_for_its_folder(folder: Path) -> None:
+    assert certify(weights_file(folder)) == certify(folder)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import nblora.checkpoints
+import nblora.checkpoints.exporting
 from conftest import TwoLayers, tiny_gpt2, tiny_llama, tokens
 from nblora import NBLoraConfig, certify, export_lora
 from nblora.bounds import parse_norm
@@ -442,7 +442,7 @@ def test_a_failed_write_leaves_nothing_behind(
         raise OSError("No space left on device\nreally")
 
     if failure == "weights":
-        monkeypatch.setattr(nblora.checkpoints, "save_file", full)
+        monkeypatch.setattr(nblora.checkpoints.exporting, "save_file", full)
     elif failure == "config":
         monkeypatch.setattr(LoraConfig, "save_pretrained", full)
     else:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 
 from torch import nn
 
 from nblora.checkpoints import TOLERANCE, PathLike, read_adapter
+from nblora.checkpoints.tables import finite as finite
+from nblora.checkpoints.tables import json_text, natural, text_table
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class LayerCertificate:
             factors.
         norm: of the update, in the certificate's norm.
         bound: the absolute bound.
+        scale: what the model multiplies the update by (`set_scale`); norm and bound include it.
     """
 
     name: str
@@ -31,6 +33,7 @@ class LayerCertificate:
     singular_values: tuple[float, ...]
     norm: float
     bound: float
+    scale: float = 1.0
 
     @property
     def slack(self) -> float:
@@ -72,10 +75,19 @@ class Certificate:
         if broken:
             return f"{len(broken)} of {len(self.layers)} layers break their bound, first {broken[0].name!r}."
         fullest = max(self.layers, key=lambda layer: layer.share)
-        return (
+        text = (
             f"All {len(self.layers)} layers keep their bound; {fullest.name!r} uses the most of it, "
             f"{fullest.share:.1%}."
         )
+        if self.scaled:
+            largest = max((layer.scale for layer in self.layers), key=abs)
+            text += f" Bounds are those of the adapter times the scales that are set, up to {largest:g}."
+        return text
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the model scales any update, and with it the bound."""
+        return any(layer.scale != 1 for layer in self.layers)
 
     def to_json(self) -> str:
         """All of it as JSON; numbers that are not finite become null."""
@@ -84,48 +96,47 @@ class Certificate:
             for layer in self.layers
         ]
         content = {"holds": self.holds, "norm_name": self.norm_name, "tolerance": TOLERANCE, "layers": layers}
-        return json.dumps(finite(content), indent=2, allow_nan=False)
+        return json_text(content)
 
     def rows(self) -> list[tuple[str, ...]]:
         """A heading and a row of text for each layer."""
-        heading = ("layer", "shape", "rank", f"{self.norm_name} norm", "bound", "used", "holds")
-        return [
-            heading,
-            *(
-                (
-                    layer.name,
-                    "×".join(map(str, layer.shape)),
-                    str(layer.rank),
-                    f"{layer.norm:.4g}",
-                    f"{layer.bound:.4g}",
-                    f"{layer.share:.1%}",
-                    "yes" if layer.holds else "NO",
-                )
-                for layer in self.layers
-            ),
+        heading = ["layer", "shape", "rank", f"{self.norm_name} norm", "bound", "used", "holds"]
+        rows = [
+            [
+                layer.name,
+                "×".join(map(str, layer.shape)),
+                str(layer.rank),
+                f"{layer.norm:.4g}",
+                f"{layer.bound:.4g}",
+                f"{layer.share:.1%}",
+                "yes" if layer.holds else "NO",
+            ]
+            for layer in self.layers
         ]
+        if self.scaled:
+            heading.insert(4, "scale")
+            for row, layer in zip(rows, self.layers):
+                row.insert(4, f"{layer.scale:g}")
+        return [tuple(row) for row in (heading, *rows)]
 
     def to_table(self) -> str:
         """A plain-text table with the summary below it."""
-        rows = self.rows()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([*lines, "", self.summary])
+        return f"{text_table(self.rows())}\n\n{self.summary}"
 
 
 def certify(model_or_adapter_path: nn.Module | PathLike, adapter_name: str = "default") -> Certificate:
-    """Measure the update of every layer and compare it with its bound.
+    """Measure the update of every layer, as the model applies it, and compare it with its bound.
 
     Singular values are computed in float64 from the thin factors that the model uses, never from an
     (m, n) product. The bound is the absolute radius that the adapter stores, or the configured number
     where that is absolute. That a stored radius is the configured multiple of the base weight's spectral
-    norm can't be told without the base weight, and is not checked.
+    norm can't be told without the base weight, and is not checked. A scale that is set on a model
+    (`set_scale`) multiplies both; checkpoints have none. Experts have a bound each.
 
     Args:
         model_or_adapter_path: a model with an NB-LoRA adapter; the folder or hub repository of a saved
-            one; or of a plain LoRA that `export_lora` wrote. A model and its saved adapter give the
-            same certificate.
+            one; or a plain LoRA that `export_lora` wrote, in any layout. A model and its saved adapter
+            give the same certificate.
         adapter_name: which adapter of a model.
 
     Raises:
@@ -134,31 +145,19 @@ def certify(model_or_adapter_path: nn.Module | PathLike, adapter_name: str = "de
     adapter = read_adapter(model_or_adapter_path, adapter_name)
     norm = next(iter(adapter.layers.values())).norm
     layers = []
-    for name, layer in sorted(adapter.layers.items(), key=lambda item: _natural(item[0])):
-        sigma = layer.update.singular_values()
-        m, n = layer.update.shape
-        layers.append(
-            LayerCertificate(
-                name=name,
-                shape=(m, n),
-                rank=layer.update.rank,
-                singular_values=tuple(sigma.tolist()),
-                norm=norm.value(sigma).item(),
-                bound=layer.bound,
+    for name, layer in sorted(adapter.layers.items(), key=lambda item: natural(item[0])):
+        for label, update, bound in zip(layer.labels(name), layer.matrices, layer.bounds, strict=True):
+            sigma = update.singular_values()
+            m, n = update.shape
+            layers.append(
+                LayerCertificate(
+                    name=label,
+                    shape=(m, n),
+                    rank=update.rank,
+                    singular_values=tuple(sigma.tolist()),
+                    norm=norm.value(sigma).item(),
+                    bound=bound,
+                    scale=layer.scale,
+                )
             )
-        )
     return Certificate(norm.name, tuple(layers))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts block 2 before block 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def finite(value: object) -> object:
-    """The same with None in place of numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,267 @@
+"""Adapters with bounds: NB-LoRA, from a model or a folder, and exported LoRA."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from nblora.bounds import Norm, parse_norm
+from nblora.checkpoints.layouts import PEFT_PREFIX, adapted_parameters
+from nblora.checkpoints.lora import LoraFile, locate, parse_lora
+from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile, one_line, read_json
+from nblora.lowrank import LowRank
+from nblora.parametrizations import FreeParameters
+from nblora.tuner import NBLoraConfig, NBLoraType, nblora_layers
+from nblora.tuner.config import pattern_value
+from nblora.tuner.weights import Method
+
+TOLERANCE = 1e-6
+"""Relative excess over a bound that counts as rounding of float32 factors (float64 has far less)."""
+
+BOUNDS_KEY = "nblora_bounds"  # in the safetensors metadata of an exported LoRA
+
+_TENSOR = re.compile(
+    r"(?P<name>.+)\.nblora_(?P<embedding>embedding_)?(?P<part>in|out|angle|scale|radius)\.weight"
+)
+
+
+@dataclass(frozen=True)
+class BoundedLayer:
+    """The update of one layer and the bound that it was promised to keep.
+
+    Attributes:
+        update: (m, n) as thin factors, in the precision that the model computes it in, `scale` included;
+            (E, m, n) for E experts.
+        norm: the norm that is bounded.
+        bounds: absolute, `scale` included, one for each matrix (0 for a zero base weight; NaN where no
+            checkpoint told it).
+        scale: what a model multiplies the update and so the bound by; 1 unless `set_scale` changed it.
+        kernel: of a convolution, whose inputs are counted over it, else empty.
+        embedding: whether the update is of an embedding, whose weight is stored transposed.
+    """
+
+    update: LowRank
+    norm: Norm
+    bounds: tuple[float, ...]
+    scale: float = 1.0
+    kernel: tuple[int, ...] = ()
+    embedding: bool = False
+
+    @property
+    def matrices(self) -> list[LowRank]:
+        """The update of each expert; of other layers the one that there is."""
+        if self.update.left.ndim == 2:
+            return [self.update]
+        return [LowRank(left, right) for left, right in zip(self.update.left, self.update.right)]
+
+    def labels(self, name: str) -> list[str]:
+        """How reports name the matrices of a layer of this name."""
+        experts = self.update.left.ndim == 3
+        return [f"{name}[{i}]" for i in range(len(self.bounds))] if experts else [name]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a checkpoint or a model holds of one adapter.
+
+    Attributes:
+        config: its PEFT configuration, None for a LoRA file without one.
+        layers: by module name in the base model.
+        others: further trained tensors (modules to save, biases) by checkpoint key, without PEFT's
+            prefix.
+    """
+
+    config: NBLoraConfig | LoraConfig | None
+    layers: dict[str, BoundedLayer]
+    others: dict[str, Tensor]
+
+
+def read_adapter(source: nn.Module | PathLike, adapter_name: str = "default") -> Adapter:
+    """The bounded layers of a model, of a saved NB-LoRA adapter, or of an exported LoRA.
+
+    Args:
+        source: a model with NB-LoRA adapters (a PeftModel, or one with injected layers), a folder, the
+            name of a hub repository, or a LoRA file that `export_lora` wrote.
+        adapter_name: which adapter of a model; a folder has one.
+
+    Raises:
+        AdapterError: if there is no such adapter, or files are missing, damaged or not ours. Pickled
+            weights are never loaded.
+    """
+    if isinstance(source, nn.Module):
+        return _from_model(source, adapter_name)
+    weights_file, config_file = locate(source)
+    if config_file is None:
+        return _exported(parse_lora(weights_file, None, None))
+    raw = read_json(config_file, "a PEFT adapter configuration")
+    if "peft_type" not in raw:
+        raise AdapterError(f"{config_file} must be a PEFT adapter configuration: it has no peft_type")
+    if raw["peft_type"] == "LORA":
+        return _exported(parse_lora(weights_file, config_file, raw))
+    if raw["peft_type"] != NBLoraType.NBLORA.value:
+        raise AdapterError(f"{config_file} must be of an NB-LoRA adapter, got peft_type={raw['peft_type']!r}")
+    try:
+        config = NBLoraConfig.from_peft_type(**raw)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{config_file} is not valid: {one_line(error)}") from error
+    file = TensorFile(weights_file)
+    try:
+        return _adapter(config, {key: file.read(key) for key in file.entries})
+    except AdapterError as error:
+        raise AdapterError(f"{weights_file}: {error}") from error
+
+
+def is_ours(source: PathLike) -> bool:
+    """Whether a path is of a saved NB-LoRA adapter."""
+    config_file = locate(source)[1]
+    if config_file is None:
+        return False
+    return read_json(config_file, "a PEFT adapter configuration").get("peft_type") == NBLoraType.NBLORA.value
+
+
+def _from_model(model: nn.Module, adapter_name: str) -> Adapter:
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    configs = getattr(model, "peft_config", {})
+    ours = sorted(name for name, config in configs.items() if isinstance(config, NBLoraConfig))
+    if adapter_name not in ours:
+        raise AdapterError(
+            f"the adapter must be one of the model's NB-LoRA adapters {ours}, got {adapter_name!r}"
+        )
+    # save_embedding_layers=False: else PEFT may ask the hub for the base model's vocabulary
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    scales = {
+        name.removeprefix(PEFT_PREFIX): layer.scaling[adapter_name]
+        for name, layer in nblora_layers(model, adapter_name).items()
+    }
+    return _adapter(configs[adapter_name], state, scales)
+
+
+def _adapter(
+    config: NBLoraConfig, tensors: Mapping[str, Tensor], scales: Mapping[str, float] | None = None
+) -> Adapter:
+    """Sort the tensors of an NB-LoRA checkpoint into layers."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    embeddings: set[str] = set()
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        if match := _TENSOR.fullmatch(name):
+            parts.setdefault(match["name"], {})[match["part"]] = tensor
+            if match["embedding"]:
+                embeddings.add(match["name"])
+        else:
+            others[name] = tensor
+    if not parts:
+        raise AdapterError("an NB-LoRA adapter must have adapted layers, got none")
+    layers = {
+        name: _bounded_layer(config, name, part, (scales or {}).get(name, 1.0), name in embeddings)
+        for name, part in parts.items()
+    }
+    return Adapter(config, layers, others)
+
+
+def _bounded_layer(
+    config: NBLoraConfig, name: str, part: Mapping[str, Tensor], scale: float, embedding: bool
+) -> BoundedLayer:
+    method = Method.of(config)
+    needed = {"in", "out", "radius"}
+    needed |= {"angle"} if config.parametrization == "svd" else set()
+    needed |= {"scale"} if method.norm.learnable else set()
+    if part.keys() != needed:
+        raise AdapterError(f"layer {name!r} must have the tensors {sorted(needed)}, got {sorted(part)}")
+    shapes = {key: tuple(tensor.shape) for key, tensor in part.items()}
+    batch = shapes["radius"]  # () or (E,) for experts
+    into, out = shapes["in"][len(batch) :], shapes["out"][len(batch) :]
+    k = out[0] if out else 0
+    if (
+        not all(tensor.is_floating_point() for tensor in part.values())
+        or len(batch) > 1
+        or any(shapes[key][: len(batch)] != batch for key in needed)
+        or len(into) < 2
+        or len(out) != 2
+        or (batch and len(into) > 2)
+        or not 1 <= k <= min(math.prod(into[1:]), out[1])
+        or into[0] != k
+        or any(shapes[key] != (*batch, k) for key in needed & {"angle", "scale"})
+    ):
+        raise AdapterError(
+            f"layer {name!r} must have floating-point tensors in (k, n) or (k, n, *kernel), out (k, m), "
+            "radius () and angle and scale (k,) where there are any, with k <= min(m, n), all of them with "
+            f"the number of experts in front for experts, got {shapes}"
+        )
+    free = FreeParameters(
+        part["out"], part["in"].flatten(len(batch) + 1), part.get("angle"), part.get("scale")
+    )
+    radius = part["radius"].detach()
+    if bool((radius < 0).any()):
+        raise AdapterError(f"the radius of layer {name!r} must not be negative, got {radius.tolist()!r}")
+    with torch.no_grad():
+        update = method.update(free, radius)
+        update = LowRank(update.left * scale, update.right) if scale != 1 else update
+    bounds = radius.flatten().tolist()
+    if config.bound_kind == "absolute":  # promised in the configuration; a radius above it breaks the promise
+        bounds = [_promised(config, name, bound) for bound in bounds]
+    return BoundedLayer(
+        update, method.norm, tuple(abs(scale) * bound for bound in bounds), scale, into[2:], embedding
+    )
+
+
+def _promised(config: NBLoraConfig, name: str, radius: float) -> float:
+    """The bound that a configuration states for a layer of this radius.
+
+    Names in a checkpoint tell the module of a parameter, not which of its parameters it is: then the bound
+    of one of them must contain the radius.
+    """
+    names = adapted_parameters(config.target_parameters, name) or [name]
+    stated: list[float] = sorted({pattern_value(config.bound_pattern, each, config.bound) for each in names})
+    return next((bound for bound in stated if radius <= bound * (1 + TOLERANCE)), stated[-1])
+
+
+def _exported(file: LoraFile) -> Adapter:
+    """The layers of a plain LoRA that `export_lora` wrote, with the bounds that it noted."""
+    path = file.tensors.path
+    if BOUNDS_KEY not in file.tensors.metadata:
+        raise AdapterError(f"{path}: a plain LoRA has no bounds to certify, unless nblora exported it")
+    try:
+        noted = json.loads(file.tensors.metadata[BOUNDS_KEY])
+        norm = parse_norm(noted["norm"])
+        bounds = {name: _noted_bounds(bound) for name, bound in noted["bounds"].items()}
+        if not bounds:
+            raise ValueError("it has no bounds")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(
+            f"{path}: the metadata entry {BOUNDS_KEY!r} is damaged: {one_line(error)}"
+        ) from error
+    layers = {}
+    for layer in file.layers:
+        name = layer.full_name
+        if len(bounds.get(name, ())) != len(layer.labels):
+            raise AdapterError(
+                f"{path}: every LoRA tensor must belong to a layer with a bound, got {layer.down!r} too"
+            )
+        # not `updates`: a factor that is not finite makes a bound that does not hold
+        lefts, rights = zip(*file.factors(layer))
+        left, right = torch.stack(lefts).double() * layer.scale, torch.stack(rights).double()
+        update = LowRank(left, right) if layer.experts is not None else LowRank(left[0], right[0])
+        layers[name] = BoundedLayer(update, norm, bounds[name])
+    if missing := [name for name in bounds if name not in layers]:
+        raise AdapterError(f"{path}: layer {missing[0]!r} must have factors, got none")
+    others = {key.removeprefix(PEFT_PREFIX): file.tensors.read(key) for key in file.others}
+    return Adapter(file.config, layers, others)
+
+
+def _noted_bounds(value: float | list[float]) -> tuple[float, ...]:
+    """One bound, or one for each expert."""
+    bounds = tuple(float(bound) for bound in (value if isinstance(value, list) else [value]))
+    if not all(0 <= bound < math.inf for bound in bounds):
+        raise ValueError(f"bounds must be finite and not negative, got {value!r}")
+    return bounds
