@@ -20,7 +20,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from nblora.parametrizations import FreeParameters
-from nblora.tuner.layer import Method, NBLoraLayer
+from nblora.tuner.layer import NBLoraLayer
+from nblora.tuner.weights import Method
 
 _KEY = "nblora/"
 _AT_ONCE = 2**24  # free parameters of equal layers that are measured in one batch: 64 MiB in float32
@@ -279,7 +280,7 @@ def _active_adapters(model: nn.Module) -> dict[str, tuple[NBLoraLayer, str]]:
         for name, layer in model.named_modules()
         if isinstance(layer, NBLoraLayer)
         for adapter in layer.active_adapters
-        if adapter in layer.nblora_in
+        if layer.has_adapter(adapter)
     ]
     several = len({adapter for _, adapter, _ in found}) > 1
     return {f"{name}/{adapter}" if several else name: (layer, adapter) for name, adapter, layer in found}

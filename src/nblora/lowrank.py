@@ -67,14 +67,20 @@ class LowRank:
         Factors are cast to the dtype of x, so that a half-precision model pays half-precision
         products. Only for factors without leading axes.
         """
+        left, right = self.balanced_for(x.dtype)
+        return torch.nn.functional.linear(torch.nn.functional.linear(x, right), left)
+
+    def balanced_for(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """left and right in `dtype`, with the same product.
+
+        Their size is shared between both sides where one of them alone could be subnormal.
+        """
         left, right = self.left, self.right
-        if x.dtype == torch.float16:
-            # share the size between both sides, where one of them alone would be subnormal
+        if dtype == torch.float16:
             size = left.detach().abs().amax().sqrt()
             size = torch.where(size > 0, size, 1.0)
             left, right = left / size, right * size
-        hidden = torch.nn.functional.linear(x, right.to(x.dtype))
-        return torch.nn.functional.linear(hidden, left.to(x.dtype))
+        return left.to(dtype), right.to(dtype)
 
     def svd(self) -> ThinSVD:
         """Singular value decomposition through two thin QRs and one small SVD.

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, set_seed
 
 from nblora.settings import SettingsError, overlay, training_arguments
 from nblora.training import BoundedTrainer, FinetuneConfig, adapt
-from nblora.tuner.model import nblora_layers
+from nblora.tuner import nblora_layers
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BOUNDS = (0.1, 0.2, 0.3, 0.6, 1.0)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from nblora.tuner.config import NBLoraConfig, NBLoraType
-from nblora.tuner.layer import NBLoraLayer, NBLoraLinear, RunawayWarning
-from nblora.tuner.model import NBLoraModel, nblora_layers
+from nblora.tuner.conv import NBLoraConv
+from nblora.tuner.embedding import NBLoraEmbedding
+from nblora.tuner.layer import NBLoraLayer, RunawayWarning, nblora_layers
+from nblora.tuner.linear import NBLoraLinear
+from nblora.tuner.model import NBLoraModel
+from nblora.tuner.parameter import ParamWrapper
 
 __all__ = [
     "NBLoraConfig",
+    "NBLoraConv",
+    "NBLoraEmbedding",
     "NBLoraLayer",
     "NBLoraLinear",
     "NBLoraModel",
     "NBLoraType",
+    "ParamWrapper",
     "RunawayWarning",
     "nblora_layers",
     "register",

@@ -48,6 +48,10 @@ class NBLoraConfig(PeftConfig):
         layers_to_transform: Indices of blocks to adapt.
         layers_pattern: Name of the list of blocks that `layers_to_transform` counts in.
         modules_to_save: Further modules to train fully and to save.
+        target_parameters: Names of parameters that are not the weight of a layer of their own, such as
+            the experts of a mixture, stored as (experts, out, in): every expert has its own bound.
+        trainable_token_indices: Rows of the token embedding to train fully, without a bound: a list, or
+            lists by the names of embeddings.
         bias: "none", "all" or "nblora_only": which biases to train. Biases have no bound.
         fan_in_fan_out: Set by the library where layers store their weight as (in, out), such as
             transformers' Conv1D; accepted for symmetry with LoraConfig.
@@ -97,6 +101,12 @@ class NBLoraConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train fully and to save."}
     )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters to adapt, such as those of experts."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings to train fully and to save."}
+    )
     bias: Literal["none", "all", "nblora_only"] = field(
         default="none", metadata={"help": "Which biases to train."}
     )
@@ -123,6 +133,10 @@ class NBLoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.target_parameters, str):
+            raise ValueError(
+                f"target_parameters must be a list of names, got target_parameters={self.target_parameters!r}"
+            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "layers_to_transform needs target_modules as a list of names, "

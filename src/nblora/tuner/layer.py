@@ -2,102 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from nblora.bounds import Norm, parse_norm, spectral_norm
+from nblora.bounds import spectral_norm
 from nblora.lowrank import LowRank
-from nblora.parametrizations import (
-    FreeParameters,
-    Parametrization,
-    bounded_update,
-    effective_rank,
-    has_run_away,
-    random_start,
-    zero_start,
-)
+from nblora.parametrizations import FreeParameters, effective_rank, random_start, zero_start
 from nblora.tuner.config import NBLoraConfig
+from nblora.tuner.quantized import keep, quantization_backend, unpack
+from nblora.tuner.weights import Factors, FreeWeight, Method, Radius, readable
 
 
 class RunawayWarning(UserWarning):
     """The free parameters of a layer are so large that its update hardly learns any more."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """What turns the tensors of one adapter into its update, apart from the tensors."""
-
-    norm: Norm
-    parametrization: Parametrization
-    temperature: float
-
-    @staticmethod
-    def of(config: NBLoraConfig) -> Method:
-        return Method(parse_norm(config.norm), config.parametrization, config.temperature)
-
-    def update(self, free: FreeParameters, radius: Tensor) -> LowRank:
-        return bounded_update(
-            free,
-            norm=self.norm,
-            radius=radius,
-            parametrization=self.parametrization,
-            temperature=self.temperature,
-        )
-
-    def has_run_away(self, free: FreeParameters) -> Tensor:
-        return has_run_away(
-            free,
-            norm=self.norm,
-            parametrization=self.parametrization,
-            temperature=self.temperature,
-        )
-
-
-class FreeWeight(nn.Module):
-    """A leaf module that holds one trainable tensor as `.weight`.
-
-    Not a bare nn.Parameter in a ParameterDict: FSDP's wrap policy isolates leaf modules with
-    `.weight`, and TRL finds adapters by the ".name." inside parameter names. To be called, not read,
-    where its value is computed with: FSDP gathers the shards only around calls.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self) -> Tensor:
-        """A copy of the weight: what FSDP gathered is gone after the call."""
-        return self.weight.clone()
-
-    def extra_repr(self) -> str:
-        return f"shape={tuple(self.weight.shape)}"
-
-
-class Radius(nn.Module):
-    """The absolute radius of one layer's ball, a 0-dimensional buffer that keeps its precision.
-
-    A cast of the model to half precision must not move the bound, so casts pass this buffer by.
-    """
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Radius:
-        before = self.weight
-        super()._apply(fn, recurse)
-        if self.weight.dtype != before.dtype:
-            self.weight = before.to(self.weight.device)
-        return self
 
 
 class _Merged(NamedTuple):
@@ -106,56 +30,135 @@ class _Merged(NamedTuple):
     update: LowRank  # as merged
     wrong: Tensor  # (c,) flat indices at which subtracting the update does not restore the weight
     values: Tensor  # (c,) the base weight there
+    restore: Callable[[], None] | None = None  # puts a quantized weight back
 
 
 class NBLoraLayer(nn.Module, BaseTunerLayer):
-    """What every adapted layer has, whatever its base layer is."""
+    """What every adapted layer has, whatever its base layer is.
+
+    A kind of layer says how its weight is a matrix (m, n), or a batch of them, and how an update of
+    that matrix acts on an input.
+
+    Args:
+        base_layer: the layer to adapt, or a tuner layer around it.
+        adapter_name: of the first adapter; the other arguments are its options.
+        r: its rank.
+        bound: its bound.
+        config: where all else comes from.
+        layer_name: for messages.
+        get_apply_tensor_subclass: of torchao's quantization, which merging needs.
+
+    Raises:
+        TypeError: for a base layer that this kind cannot adapt.
+        ValueError: for options that this kind does not have.
+    """
 
     if TYPE_CHECKING:  # PEFT is not typed; what of it is used here
 
         def get_base_layer(self) -> nn.Module: ...
-        def get_base_weight(self) -> Tensor: ...
-        def _get_base_layer_device_and_dtype(
-            self, base_layer: nn.Module
-        ) -> tuple[torch.device | None, torch.dtype | None]: ...
         def set_base_weight(self, weight_data: Tensor) -> None: ...
-        def set_adapter(self, adapter_names: list[str], inference_mode: bool = False) -> None: ...
+        def _get_embed_scale(self) -> Tensor | None: ...
+        def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None: ...
 
         active_adapters: list[str]
         disable_adapters: bool
         merged: bool
         weight: Tensor
 
-    adapter_layer_names = ("nblora_in", "nblora_out", "nblora_angle", "nblora_scale")
-    other_param_names = ("r", "method", "nblora_radius", "nblora_dropout", "_merged", "_watches")
+    in_name: ClassVar[str] = "nblora_in"
+    out_name: ClassVar[str] = "nblora_out"
+    adapter_layer_names: tuple[str, ...] = ("nblora_in", "nblora_out", "nblora_angle", "nblora_scale")
+    other_param_names = (
+        "r",
+        "method",
+        "scaling",
+        "nblora_radius",
+        "nblora_dropout",
+        "_merged",
+        "_watches",
+        "_factors",
+    )
 
     base_layer: nn.Module
-    nblora_in: nn.ModuleDict
-    nblora_out: nn.ModuleDict
     nblora_angle: nn.ModuleDict
     nblora_scale: nn.ModuleDict
     nblora_radius: nn.ModuleDict
     nblora_dropout: nn.ModuleDict
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        *,
+        r: int,
+        bound: float,
+        config: NBLoraConfig,
+        layer_name: str,
+        get_apply_tensor_subclass: Any = None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.quantization_backend = quantization_backend(self.get_base_layer(), get_apply_tensor_subclass)
         self.r: dict[str, int] = {}
         self.method: dict[str, Method] = {}
-        self.nblora_in = nn.ModuleDict()
-        self.nblora_out = nn.ModuleDict()
-        self.nblora_angle = nn.ModuleDict()
-        self.nblora_scale = nn.ModuleDict()
-        self.nblora_radius = nn.ModuleDict()
-        self.nblora_dropout = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        for name in (*self.adapter_layer_names, "nblora_radius", "nblora_dropout"):
+            setattr(self, name, nn.ModuleDict())
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._merged: dict[str, _Merged] = {}
         self._watches: dict[str, list[int]] = {}
+        self._factors = Factors()
+        self._active_adapter = adapter_name
+        self._check_base_layer(layer_name)
+        self.update_layer(adapter_name, r=r, bound=bound, config=config, layer_name=layer_name)
+
+    # ------------------------------------------------------------- what a kind of layer says
 
     @property
     def out_in_features(self) -> tuple[int, int]:
+        """(m, n) of the matrix that the update is added to."""
         raise NotImplementedError
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """() for one matrix, (E,) for a batch of E experts, each of which has its own bound."""
+        return ()
+
+    def _check_base_layer(self, layer_name: str) -> None:
+        """Refuse what this kind cannot adapt."""
+
+    def _check_options(self, config: NBLoraConfig, layer_name: str) -> None:
+        """Refuse options that this kind does not have."""
+
+    def _in_shape(self, k: int) -> tuple[int, ...]:
+        """The shape in which the input side is stored; (..., k, n) once its last axes are flattened."""
+        return (*self.batch_shape, k, self.out_in_features[1])
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """The base weight as a matrix (..., m, n)."""
+        raise NotImplementedError
+
+    def _dense(self, update: LowRank) -> Tensor:
+        """An update (..., m, n) as a dense tensor in the layout of the base weight."""
+        raise NotImplementedError
+
+    def _apply_update(self, update: LowRank, x: Tensor) -> Tensor:
+        """What an update adds to the output for an input x, after dropout."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------ adapters
+
+    @property
+    def in_features(self) -> int:
+        return self.out_in_features[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.out_in_features[0]
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        return adapter_name in self.method
 
     def update_layer(
         self, adapter_name: str, *, r: int, bound: float, config: NBLoraConfig, layer_name: str
@@ -163,34 +166,50 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         """Add (or replace) an adapter.
 
         Raises:
-            ValueError: if the bound is relative and the base weight is not finite.
+            ValueError: if the bound is relative and the base weight is not finite, or for options that
+                this kind of layer does not have.
         """
+        self._check_options(config, layer_name)
         m, n = self.out_in_features
         method = Method.of(config)
-        weight = self.get_base_weight()
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        _, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
         start = zero_start if config.init_weights else random_start
         # made on the CPU whatever the device, so that a seed gives the same start everywhere
         free = start(
-            m, n, r, norm=method.norm, parametrization=method.parametrization, dtype=dtype, device="cpu"
+            m,
+            n,
+            r,
+            norm=method.norm,
+            parametrization=method.parametrization,
+            batch_shape=self.batch_shape,
+            dtype=dtype,
+            device="cpu",
         )
         self.r[adapter_name] = effective_rank(r, m, n)
         self.method[adapter_name] = method
-        self.nblora_in[adapter_name] = FreeWeight(free.into)
-        self.nblora_out[adapter_name] = FreeWeight(free.out)
-        for container, tensor in (
-            (self.nblora_angle, free.angle),
-            (self.nblora_scale, free.logits),
-        ):
+        self.scaling[adapter_name] = 1.0
+        for name, tensor in self._stored(free).items():
+            container = getattr(self, name)
             if tensor is not None:
                 container[adapter_name] = FreeWeight(tensor)
             elif adapter_name in container:
                 del container[adapter_name]
         dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
         self.nblora_dropout[adapter_name] = dropout
-        self.nblora_radius[adapter_name] = Radius(self._radius(adapter_name, bound, config, layer_name))
+        radius = self._new_radius(adapter_name, bound, config, layer_name)
+        self.nblora_radius[adapter_name] = Radius(rounded_down(radius, dtype))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _stored(self, free: FreeParameters) -> dict[str, Tensor | None]:
+        """Free parameters by the name of their container, in the shapes in which they are stored."""
+        return {
+            self.in_name: free.into.reshape(self._in_shape(free.rank)),
+            self.out_name: free.out,
+            "nblora_angle": free.angle,
+            "nblora_scale": free.logits,
+        }
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -209,35 +228,53 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             if not _weight(container[adapter_name]).is_meta:
                 container[adapter_name].to(device)
 
-    def _radius(self, adapter_name: str, bound: float, config: NBLoraConfig, layer_name: str) -> Tensor:
-        """The absolute radius, rounded down; NaN where only a checkpoint can tell it."""
-        weight = self.get_base_weight()
-        radius = torch.tensor(bound, dtype=torch.float64, device="cpu")
-        if config.bound_kind == "relative":
-            # parameters on the meta device: the layer awaits a checkpoint, which holds the radius
-            awaits_checkpoint = _weight(self.nblora_in[adapter_name]).is_meta
-            if awaits_checkpoint or weight.is_meta:
-                radius = torch.full_like(radius, torch.nan)
-            else:
-                for merged in self.merged_adapters:
-                    weight = weight - self._dense(self._merged[merged].update)
-                try:
-                    radius = radius * spectral_norm(weight)
-                except ValueError as error:
-                    raise ValueError(
-                        f"the base weight of layer {layer_name!r} must be finite for a relative bound, "
-                        "got NaN or infinity"
-                    ) from error
-                if radius == 0:
-                    warnings.warn(
-                        f"The base weight of layer {layer_name!r} is zero, so its relative bound is zero "
-                        'and it cannot learn: use bound_kind="absolute", or exclude the layer.',
-                        stacklevel=2,
-                    )
-        if weight.dtype == torch.float64:
+    def _new_radius(self, adapter_name: str, bound: float, config: NBLoraConfig, layer_name: str) -> Tensor:
+        """The absolute radius (float64), NaN where only a checkpoint can tell it."""
+        radius = torch.full(self.batch_shape, bound, dtype=torch.float64, device="cpu")
+        if config.bound_kind == "absolute":
             return radius
-        rounded = radius.float()
-        return torch.where(rounded > radius, rounded.nextafter(torch.zeros_like(rounded)), rounded)
+        # parameters on the meta device: the layer awaits a checkpoint, which holds the radius
+        if _weight(getattr(self, self.in_name)[adapter_name]).is_meta:
+            return torch.full_like(radius, torch.nan)
+        weight = self._measurable_weight()
+        if weight.is_meta:
+            return torch.full_like(radius, torch.nan)
+        for merged in self.merged_adapters:
+            weight = weight - self._dense(self._merged[merged].update)
+        matrices = self._matrix(weight)
+        try:
+            norms = [spectral_norm(matrix) for matrix in matrices.reshape(-1, *matrices.shape[-2:])]
+        except ValueError as error:
+            raise ValueError(
+                f"the base weight of layer {layer_name!r} must be finite for a relative bound, "
+                "got NaN or infinity"
+            ) from error
+        radius = radius * torch.stack(norms).reshape(self.batch_shape)
+        if bool((radius == 0).any()):
+            warnings.warn(
+                f"The base weight of layer {layer_name!r} is zero, so its relative bound is zero "
+                'and it cannot learn: use bound_kind="absolute", or exclude the layer.',
+                stacklevel=2,
+            )
+        return radius
+
+    def get_base_weight(self) -> Tensor:
+        """The base weight, dequantized where it is quantized."""
+        unpack(self.get_base_layer())
+        weight: Tensor = BaseTunerLayer.get_base_weight(self)
+        return weight
+
+    def _measurable_weight(self) -> Tensor:
+        """The base weight, also where only its action can be had."""
+        return self.get_base_weight()
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if device is None and isinstance(packed := getattr(base_layer, "W_q", None), Tensor):  # HQQ
+            device = packed.device
+        return device, dtype
 
     def free_parameters(self, adapter_name: str) -> FreeParameters:
         """Copies of the free parameters of an adapter, through which gradients flow to them.
@@ -245,41 +282,110 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if the layer has no such adapter.
         """
-        if adapter_name not in self.nblora_in:
-            raise ValueError(f"the adapter must be one of {sorted(self.nblora_in)}, got {adapter_name!r}")
+        if not self.has_adapter(adapter_name):
+            raise ValueError(f"the adapter must be one of {sorted(self.method)}, got {adapter_name!r}")
         angle, logits = self.nblora_angle, self.nblora_scale
+        into = getattr(self, self.in_name)[adapter_name]()
         return FreeParameters(
-            out=self.nblora_out[adapter_name](),
-            into=self.nblora_in[adapter_name](),
+            out=getattr(self, self.out_name)[adapter_name](),
+            into=into.flatten(1 + len(self.batch_shape)),
             angle=angle[adapter_name]() if adapter_name in angle else None,
             logits=logits[adapter_name]() if adapter_name in logits else None,
         )
 
     def radius(self, adapter_name: str) -> Tensor:
-        """The absolute radius of an adapter's ball, 0-dimensional."""
+        """The absolute radius of an adapter's ball: 0-dimensional, or (E,) for E experts."""
         return _weight(self.nblora_radius[adapter_name])
 
-    def low_rank_update(self, adapter_name: str) -> LowRank:
-        """The update ΔW (out, in) as thin factors, in float32 or float64, also under autocast.
+    # ------------------------------------------------------------------------------- updates
 
-        The one home of the formula: forward, merge, certify and export start here.
+    def low_rank_update(self, adapter_name: str) -> LowRank:
+        """The update ΔW (..., m, n) as the layer applies it, its scale included.
+
+        Thin factors in float32 or float64, also under autocast. The one home of the formula: forward,
+        merge, certify and export start here.
         """
         free = self.free_parameters(adapter_name)
-        return self.method[adapter_name].update(free, self.radius(adapter_name))
+        return self._scaled(adapter_name, self.method[adapter_name].update(free, self.radius(adapter_name)))
+
+    def _scaled(self, adapter_name: str, update: LowRank) -> LowRank:
+        scale = self.scaling[adapter_name]
+        return update if scale == 1 else LowRank(update.left * scale, update.right)
+
+    def _current_update(self, adapter_name: str) -> LowRank:
+        """`low_rank_update`, kept between calls: Note [Factors are kept while nobody trains]."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.low_rank_update(adapter_name)
+        leaves = [
+            getattr(self, name)[adapter_name]
+            for name in (*self.adapter_layer_names, "nblora_radius")
+            if adapter_name in getattr(self, name)
+        ]
+        if not all(map(readable, leaves)):
+            return self.low_rank_update(adapter_name)
+        method = self.method[adapter_name]
+        update = self._factors.get_or_make(
+            adapter_name,
+            method,
+            [leaf.weight for leaf in leaves],
+            lambda: method.update(self.free_parameters(adapter_name), self.radius(adapter_name)),
+        )
+        return self._scaled(adapter_name, update)
+
+    def train(self, mode: bool = True) -> NBLoraLayer:
+        self._factors.clear()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def set_update(self, adapter_name: str, update: LowRank) -> None:
+        """Give an adapter the free parameters of an update (..., m, n), at scale 1.
+
+        Args:
+            update: inside the adapter's ball and of at most its rank.
+
+        Raises:
+            ValueError: if it is neither.
+        """
+        exact = LowRank(update.left.double(), update.right.double())
+        radius = self.radius(adapter_name).to(exact.left)
+        free = self.method[adapter_name].pull_back(exact, self.r[adapter_name], radius)
+        for name, tensor in self._stored(free).items():
+            if tensor is not None:
+                _weight(getattr(self, name)[adapter_name]).copy_(tensor)
+        self.scaling[adapter_name] = 1.0
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The update ΔW as a dense matrix in the layout of the base weight."""
+        """The update ΔW as a dense tensor in the layout of the base weight."""
         return self._dense(self.low_rank_update(adapter_name))
-
-    def _dense(self, update: LowRank) -> Tensor:
-        """An update (out, in) as a dense matrix in the layout of the base weight."""
-        raise NotImplementedError
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
+    # --------------------------------------------------------------------------------- scale
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale the update of an adapter; beyond 1 it may leave its ball, at most `scale` times."""
+        if self.has_adapter(adapter):
+            self.scaling[adapter] = _scale(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of all active adapters."""
+        for adapter_name in filter(self.has_adapter, self.active_adapters):
+            self.scaling[adapter_name] *= _scale(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of all active adapters; without a number, set them to 1."""
+        for adapter_name in filter(self.has_adapter, self.active_adapters):
+            before = self.scaling[adapter_name]
+            self.scaling[adapter_name] = 1.0 if scale is None else before / _scale(scale)
+
+    # --------------------------------------------------------------------------------- merge
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of adapters to the base weight.
+
+        A quantized weight is dequantized for it and quantized again, which rounds the sum to what it can
+        hold; the old one is kept for `unmerge`.
 
         Args:
             safe_merge: Refuse to merge an update that would make the base weight NaN or infinite.
@@ -287,9 +393,16 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: for `safe_merge` with such an update; the base weight is then unchanged.
+                Also for a quantized weight that can't be quantized again.
         """
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(
+                "an update can be merged only into a weight that can be quantized again, which "
+                f"{backend.backend_name} can't do here: use the adapter unmerged, or export it as a LoRA"
+            )
         for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self.nblora_in:
+            if not self.has_adapter(adapter_name):
                 continue
             self.warn_if_run_away(adapter_name)
             weight = self.get_base_weight()
@@ -301,10 +414,14 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(
                     f"the merged weight must be finite, got NaN or infinity from adapter {adapter_name!r}"
                 )
-            # (W + d) - d is not always W in floating point. Remembering the few entries where it
-            # differs makes unmerging exact without a second copy of the weight.
-            wrong = (_bits(self._without(merged, delta)) != _bits(weight)).flatten().nonzero()[:, 0]
-            self._merged[adapter_name] = _Merged(update, wrong, weight.flatten()[wrong])
+            if self.quantization_backend is None:
+                # (W + d) - d is not always W in floating point. Remembering the few entries where it
+                # differs makes unmerging exact without a second copy of the weight.
+                wrong = (_bits(self._without(merged, delta)) != _bits(weight)).flatten().nonzero()[:, 0]
+                self._merged[adapter_name] = _Merged(update, wrong, weight.flatten()[wrong])
+            else:
+                nothing = torch.zeros(0, dtype=torch.long)
+                self._merged[adapter_name] = _Merged(update, nothing, nothing, keep(self))
             self.set_base_weight(merged)
             self.merged_adapters.append(adapter_name)
 
@@ -319,8 +436,11 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             return
         while self.merged_adapters:
             adapter_name = self.merged_adapters.pop()
+            update, wrong, values, restore = self._merged.pop(adapter_name)
+            if restore is not None:
+                restore()
+                continue
             weight = self.get_base_weight()
-            update, wrong, values = self._merged.pop(adapter_name)
             restored = self._without(weight, self._dense(update).to(weight.device))
             restored.view(-1)[wrong.to(weight.device)] = values.to(weight)
             self.set_base_weight(restored)
@@ -329,10 +449,12 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
     def _without(merged: Tensor, delta: Tensor) -> Tensor:
         return (merged - delta).to(merged.dtype).contiguous()
 
+    # ------------------------------------------------------------------------------- runaway
+
     def warn_if_run_away(self, adapter_name: str) -> None:
         """Warn if the free parameters of an adapter have run away. Waits for the device."""
         free = self.free_parameters(adapter_name)
-        if not free.out.is_meta and bool(self.method[adapter_name].has_run_away(free)):
+        if not free.out.is_meta and bool(self.method[adapter_name].has_run_away(free).any()):
             # the same text for every layer, so that Python shows it once and not once per layer
             warnings.warn(
                 "The free parameters of an NB-LoRA layer have run away: they are so large that its "
@@ -357,72 +479,62 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             state[1] = min(2 * state[1], 1024)
             self.warn_if_run_away(adapter_name)
 
+    # ------------------------------------------------------------------------------- forward
 
-class NBLoraLinear(NBLoraLayer):
-    """NB-LoRA on nn.Linear or transformers' Conv1D."""
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The base layer's output plus the updates of the active adapters.
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        *,
-        r: int,
-        bound: float,
-        config: NBLoraConfig,
-        layer_name: str,
-    ) -> None:
-        super().__init__(base_layer)
-        base = self.get_base_layer()
-        self.fan_in_fan_out = isinstance(base, Conv1D)
-        m, n = self.out_in_features
-        expected = (n, m) if self.fan_in_fan_out else (m, n)
-        if tuple(self.weight.shape) != expected or not self.weight.is_floating_point():
-            raise TypeError(
-                f"layer {layer_name!r} must have a floating-point weight of shape {expected}, got "
-                f"{tuple(self.weight.shape)} {self.weight.dtype}; quantized layers are not supported yet"
-            )
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r=r, bound=bound, config=config, layer_name=layer_name)
+        Args:
+            adapter_names: the adapter of each sample of the batch, "__base__" for none.
 
-    @property
-    def out_in_features(self) -> tuple[int, int]:
-        base: Any = self.get_base_layer()
-        if self.fan_in_fan_out:
-            return base.nf, base.nx
-        return base.out_features, base.in_features
-
-    def _dense(self, update: LowRank) -> Tensor:
-        return update.dense().mT if self.fan_in_fan_out else update.dense()
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result: Tensor
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(MIXED_BATCH_MESSAGE)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            result = self.base_layer(x, *args, **kwargs)
+        Raises:
+            ValueError: for a wrong number of names, or names while adapters are merged.
+        """
+        if adapter_names is not None:
+            self._check_mixed_batch(x, adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
             return result
-        result = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return result
-        for adapter_name in self.active_adapters:
-            if adapter_name not in self.nblora_in:
-                continue
-            self._watch(adapter_name)
-            dropped = self.nblora_dropout[adapter_name](x)
-            added = self.low_rank_update(adapter_name).apply(dropped)
-            result = result + added.to(result.dtype)
+        if adapter_names is not None:
+            return self._mixed_batch(result, x, adapter_names)
+        for adapter_name in filter(self.has_adapter, self.active_adapters):
+            result = result + self._added(adapter_name, x).to(result.dtype)
         return result
+
+    def _added(self, adapter_name: str, x: Tensor) -> Tensor:
+        self._watch(adapter_name)
+        return self._apply_update(self._current_update(adapter_name), self.nblora_dropout[adapter_name](x))
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
+
+    def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        for adapter_name in filter(self.has_adapter, dict.fromkeys(adapter_names)):
+            rows = [i for i, name in enumerate(adapter_names) if name == adapter_name]
+            index = torch.tensor(rows, device=x.device)
+            added = self._added(adapter_name, x[index])
+            result = result.index_add(0, index.to(result.device), added.to(result.dtype))
+        return result
+
+    def extra_repr(self) -> str:
+        text: str = quantization_extra_repr(self)
+        return text
 
     def __repr__(self) -> str:
         return "nblora." + super().__repr__()
-
-
-MIXED_BATCH_MESSAGE = (
-    "NB-LoRA does not support a different adapter for each sample of a batch yet: call the model "
-    "without adapter_names, after set_adapter"
-)
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -431,8 +543,29 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
+def rounded_down(radius: Tensor, dtype: torch.dtype) -> Tensor:
+    """The radius (float64) in another precision, rounded down; NaN stays."""
+    rounded = radius.to(dtype)
+    return torch.where(rounded > radius, rounded.nextafter(torch.zeros_like(rounded)), rounded)
+
+
+def _scale(scale: float) -> float:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got scale={scale!r}")
+    return float(scale)
+
+
 def _bits(weight: Tensor) -> Tensor:
     """Entries as integers of their size, which tell the signs of zeros apart."""
     return weight.contiguous().view(
         {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
     )
+
+
+def nblora_layers(model: nn.Module, adapter_name: str) -> dict[str, NBLoraLayer]:
+    """The adapted layers of a model that have an adapter of this name, by module name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, NBLoraLayer) and module.has_adapter(adapter_name)
+    }

@@ -1,0 +1,123 @@
+"""NB-LoRA on bare parameters, such as the experts of a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nblora.lowrank import LowRank
+from nblora.tuner.config import NBLoraConfig
+from nblora.tuner.layer import NBLoraLayer
+
+
+class ParamWrapper(NBLoraLayer):
+    """NB-LoRA on a parameter that its module uses itself (`target_parameters`), not through a layer.
+
+    A 2-dimensional parameter is a matrix (out, in). A 3-dimensional one is a batch of E experts, (E, out,
+    in), or (E, in, out) where the module says `is_transposed`; each expert has its own update and its own
+    bound. While the module runs, its parameter is replaced by the adapted one, so an input costs as much as
+    merging does. Several parameters of one module are wrapped one around the other.
+
+    The name is the one that PEFT looks for.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, *, parameter_name: str, **options: Any
+    ) -> None:
+        self.parameter_name = parameter_name
+        super().__init__(base_layer, adapter_name, **options)
+
+    def _check_base_layer(self, layer_name: str) -> None:
+        parameter = self.get_base_weight()
+        if parameter.ndim not in (2, 3) or not parameter.is_floating_point():
+            raise TypeError(
+                f"parameter {layer_name!r} must be a floating-point matrix (out, in) or a batch of them "
+                f"(experts, out, in), got shape {tuple(parameter.shape)} and {parameter.dtype}"
+            )
+
+    def _check_options(self, config: NBLoraConfig, layer_name: str) -> None:
+        if config.dropout > 0:
+            raise ValueError(
+                f"dropout must be 0 for target_parameters, whose inputs are out of reach, got "
+                f"dropout={config.dropout} for {layer_name!r}"
+            )
+
+    @property
+    def _transposed(self) -> bool:
+        base = self.get_base_layer()
+        return self.get_base_weight().ndim == 3 and bool(getattr(base, "is_transposed", False))
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.get_base_weight().shape[:-2])
+
+    @property
+    def out_in_features(self) -> tuple[int, int]:
+        m, n = self.get_base_weight().shape[-2:]
+        return (n, m) if self._transposed else (m, n)
+
+    def get_base_weight(self) -> Tensor:
+        weight: Tensor = getattr(self.get_base_layer(), self.parameter_name).data
+        return weight
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        getattr(self.get_base_layer(), self.parameter_name).data = weight_data
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        weight = self.get_base_weight()
+        return weight.device, weight.dtype
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT if self._transposed else weight
+
+    def _dense(self, update: LowRank) -> Tensor:
+        return self._matrix(update.dense())
+
+    def _adapted(self) -> Tensor:
+        """The parameter plus the updates of the active adapters, with their gradients."""
+        weight: Tensor = getattr(self.get_base_layer(), self.parameter_name)
+        for adapter_name in filter(self.has_adapter, self.active_adapters):
+            self._watch(adapter_name)
+            update = self._current_update(adapter_name)
+            left, right = update.balanced_for(weight.dtype)
+            if self._transposed:
+                left, right = right.mT, left.mT
+            add = torch.addmm if weight.ndim == 2 else torch.baddbmm
+            weight = add(weight, left, right)
+        return weight
+
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        if adapter_names is not None:
+            raise ValueError(
+                "adapter_names is not possible with target_parameters, since all samples of a batch share "
+                "the adapted parameter: call the model without it, after set_adapter"
+            )
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        name, inner = self.parameter_name, self.base_layer
+        while isinstance(inner, ParamWrapper):
+            name, inner = f"base_layer.{name}", inner.base_layer
+        return torch.func.functional_call(self.base_layer, {name: self._adapted()}, (x, *args), kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT calls to unload a layer: all wrappers around one module go at once."""
+        layer: nn.Module = self
+        while isinstance(layer, ParamWrapper):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}"

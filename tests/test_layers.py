@@ -1,0 +1,406 @@
+"""Every kind of layer and parameter that NB-LoRA adapts, by one contract."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from conftest import tokens
+from nblora import NBLoraConfig, certify
+from nblora.tuner import nblora_layers
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Multiplies what it looks up, as Gemma's does."""
+
+    embed_scale = 3.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.embed_scale
+
+
+class Experts(nn.Module):
+    """A mixture of linear experts in two bare parameters, each sample through one of them."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        up, down = torch.randn(4, 6, 5), torch.randn(4, 7, 6)  # (experts, out, in)
+        self.up = nn.Parameter(up.mT.contiguous() if transposed else up)
+        self.down = nn.Parameter(down.mT.contiguous() if transposed else down)
+        self.mix = nn.Parameter(torch.randn(7, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert = torch.arange(len(x)) % 4
+        up, down = (w if self.is_transposed else w.mT for w in (self.up, self.down))
+        hidden = torch.einsum("bi,bio->bo", x, up[expert]).tanh()
+        return torch.einsum("bi,bio->bo", hidden, down[expert]) @ self.mix.mT
+
+
+class Around(nn.Module):
+    """A module with one layer to adapt, named `layer`, between others that are not adapted."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How to make a layer and inputs; its parameters to adapt, and each as matrices (..., m, n)."""
+
+    layer: Callable[[], nn.Module]
+    inputs: Callable[[], Tensor]
+    matrices: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=lambda: {"weight": rows})
+    bare: bool = False  # by target_parameters
+
+    def config(self, **options: Any) -> NBLoraConfig:
+        if self.bare:
+            targets: dict[str, Any] = {"target_parameters": [f"layer.{name}" for name in self.matrices]}
+            targets["target_modules"] = []
+        else:
+            targets = {"target_modules": ["layer"]}
+        return NBLoraConfig(**({"r": 3} | targets | options))
+
+
+def rows(weight: Tensor) -> Tensor:
+    return weight.reshape(len(weight), -1)
+
+
+def as_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+def transpose(weight: Tensor) -> Tensor:
+    return weight.mT
+
+
+def indices() -> Tensor:
+    return torch.randint(11, (5, 4), generator=torch.Generator().manual_seed(0))
+
+
+def numbers(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+KINDS = {
+    "linear": Kind(lambda: nn.Linear(6, 5), numbers(5, 6)),
+    "Conv1D": Kind(lambda: Conv1D(5, 6), numbers(5, 6), {"weight": transpose}),
+    "conv1d": Kind(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), numbers(5, 4, 9)),
+    "conv2d": Kind(lambda: nn.Conv2d(3, 6, (3, 5), padding="same"), numbers(5, 3, 7, 8)),
+    "conv2d 1x1": Kind(lambda: nn.Conv2d(4, 6, 1, bias=False), numbers(5, 4, 3, 3)),
+    "conv2d dilated, circular": Kind(
+        lambda: nn.Conv2d(3, 6, 3, stride=(2, 1), dilation=2, padding=2, padding_mode="circular"),
+        numbers(5, 3, 9, 9),
+    ),
+    "conv2d in groups": Kind(lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), numbers(5, 4, 6, 6)),
+    "conv1d depthwise": Kind(lambda: nn.Conv1d(6, 6, 4, groups=6), numbers(5, 6, 9)),
+    "conv3d": Kind(lambda: nn.Conv3d(2, 4, 2), numbers(5, 2, 4, 5, 3)),
+    "embedding": Kind(lambda: nn.Embedding(11, 6, padding_idx=2), indices, {"weight": transpose}),
+    "scaled embedding": Kind(lambda: ScaledEmbedding(11, 6), indices, {"weight": transpose}),
+    "matrix": Kind(lambda: Experts(False), numbers(5, 5), {"mix": as_is}, bare=True),
+    "experts": Kind(lambda: Experts(False), numbers(5, 5), {"up": as_is}, bare=True),
+    "experts transposed": Kind(lambda: Experts(True), numbers(5, 5), {"down": transpose}, bare=True),
+    "three parameters": Kind(
+        lambda: Experts(True), numbers(5, 5), {"up": transpose, "down": transpose, "mix": as_is}, bare=True
+    ),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+mixable = pytest.mark.parametrize(
+    "kind", [k for k in KINDS.values() if not k.bare], ids=[n for n, k in KINDS.items() if not k.bare]
+)
+
+
+def base_of(kind: Kind) -> nn.Module:
+    torch.manual_seed(3)
+    return Around(kind.layer()).eval()
+
+
+def adapted(kind: Kind, **options: Any) -> PeftModel:
+    return get_peft_model(base_of(kind), kind.config(**options)).eval()
+
+
+def out(model: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return model(x, **options)
+
+
+def scatter(model: nn.Module, adapter: str = "default") -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".nblora_" in name and f".{adapter}." in name:
+                parameter.normal_(std=0.5)
+
+
+def deltas(model: PeftModel, kind: Kind, adapter: str = "default") -> dict[str, Tensor]:
+    """The dense update of every adapted parameter, in the layout in which it is stored."""
+    found = {}
+    for layer in nblora_layers(model, adapter).values():
+        found[getattr(layer, "parameter_name", "weight")] = layer.get_delta_weight(adapter).detach()
+    assert found.keys() == kind.matrices.keys()
+    return found
+
+
+def shifted(base: nn.Module, added: dict[str, Tensor]) -> nn.Module:
+    """The base model with updates added to its parameters: what an adapted model must equal."""
+    changed = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, delta in added.items():
+            getattr(changed.layer, name).add_(delta)
+    return changed
+
+
+def spectra(matrices: Tensor) -> np.ndarray:
+    return np.linalg.svd(matrices.detach().double().numpy(), compute_uv=False)
+
+
+@every_kind
+@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+def test_an_update_starts_at_zero_and_learns(kind: Kind, parametrization: str) -> None:
+    base, x = base_of(kind), kind.inputs()
+    model = adapted(kind, parametrization=parametrization, bound=1, bound_kind="absolute")
+    assert torch.equal(out(model, x), out(base, x))
+    target = out(
+        shifted(base, {name: 0.1 * torch.ones_like(getattr(base.layer, name)) for name in kind.matrices}), x
+    )
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(not torch.equal(d, torch.zeros_like(d)) for d in deltas(model, kind).values())
+
+
+@every_kind
+def test_the_output_is_that_of_the_shifted_weight(kind: Kind) -> None:
+    model, base, x = adapted(kind, init_weights=False), base_of(kind), kind.inputs()
+    expected = out(shifted(base, deltas(model, kind)), x)
+    assert not torch.allclose(expected, out(base, x), atol=1e-3)
+    torch.testing.assert_close(out(model, x), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(model(x).detach(), expected, atol=2e-6, rtol=1e-5)  # with gradients
+    with model.disable_adapter():
+        assert torch.equal(out(model, x), out(base, x))
+
+
+@every_kind
+@pytest.mark.parametrize("bound_kind", ["relative", "absolute"])
+@pytest.mark.parametrize("norm", ["spectral", "frobenius", "nuclear"])
+def test_every_matrix_keeps_its_own_bound(kind: Kind, bound_kind: str, norm: str) -> None:
+    model, base = adapted(kind, norm=norm, bound=0.4, bound_kind=bound_kind), base_of(kind)
+    scatter(model)
+    power = {"spectral": np.inf, "frobenius": 2, "nuclear": 1}[norm]
+    for name, delta in deltas(model, kind).items():
+        as_matrices = kind.matrices[name]
+        sigma = spectra(as_matrices(delta))
+        radius = (
+            0.4 if bound_kind == "absolute" else 0.4 * spectra(as_matrices(getattr(base.layer, name)))[..., 0]
+        )
+        values = np.linalg.norm(sigma, ord=power, axis=-1)
+        assert (values <= radius * (1 + 1e-5)).all(), name
+        assert (values > 0.05 * radius).all(), name  # the bound is not far off
+        assert np.linalg.matrix_rank(as_matrices(delta).double().numpy(), tol=1e-6).max() <= 3
+    assert certify(model).holds
+
+
+@every_kind
+def test_merging_and_unmerging(kind: Kind) -> None:
+    model, base, x = adapted(kind, init_weights=False), base_of(kind), kind.inputs()
+    before, weights = out(model, x), {n: p.clone() for n, p in model.named_parameters()}
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(out(model, x), before, atol=2e-6, rtol=1e-5)
+    model.unmerge_adapter()
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert torch.equal(out(model, x), before)
+    unloaded = copy.deepcopy(model).unload()
+    assert torch.equal(out(unloaded, x), out(base, x))
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(out(merged, x), before, atol=2e-6, rtol=1e-5)
+    assert type(merged.layer) is type(base.layer)
+    assert {n for n, _ in merged.named_parameters()} == {n for n, _ in base.named_parameters()}
+
+
+@every_kind
+def test_saving_and_loading(kind: Kind, tmp_path: Path) -> None:
+    model, x = adapted(kind, init_weights=False, parametrization="svd"), kind.inputs()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_of(kind), tmp_path).eval()
+    assert torch.equal(out(loaded, x), out(model, x))
+    assert certify(tmp_path) == certify(model)
+    lean = PeftModel.from_pretrained(base_of(kind), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(out(lean, x), out(model, x))
+
+
+@every_kind
+def test_several_adapters(kind: Kind) -> None:
+    model, base, x = adapted(kind, init_weights=False), base_of(kind), kind.inputs()
+    model.add_adapter("other", kind.config(r=2, norm="nuclear", init_weights=False))
+    one, two = deltas(model, kind), deltas(model, kind, "other")
+    model.set_adapter("other")
+    torch.testing.assert_close(out(model, x), out(shifted(base, two), x), atol=2e-6, rtol=1e-5)
+    model.base_model.set_adapter(["default", "other"])
+    both = {name: one[name] + two[name] for name in one}
+    torch.testing.assert_close(out(model, x), out(shifted(base, both), x), atol=2e-6, rtol=1e-5)
+    model.delete_adapter("other")
+    torch.testing.assert_close(out(model, x), out(shifted(base, one), x), atol=2e-6, rtol=1e-5)
+
+
+@every_kind
+def test_half_precision(kind: Kind) -> None:
+    base, x = base_of(kind).bfloat16(), kind.inputs()
+    x = x if x.dtype == torch.long else x.bfloat16()
+    model = get_peft_model(base, kind.config(init_weights=False)).eval()
+    expected = out(shifted(base_of(kind), deltas(model, kind)).bfloat16(), x)
+    result = out(model, x)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.float(), expected.float(), atol=0.06, rtol=0.02)
+    model(x).float().sum().backward()
+    for name, parameter in model.named_parameters():
+        if ".nblora_" in name:
+            assert parameter.dtype == torch.float32
+            assert parameter.grad is not None, name
+
+
+@mixable
+def test_an_adapter_for_each_sample(kind: Kind) -> None:
+    model, x = adapted(kind, init_weights=False), kind.inputs()
+    model.add_adapter("other", kind.config(r=1, init_weights=False))
+    names = ["other", "default", "__base__", "other", "default"]
+    mixed = out(model, x, adapter_names=names)
+    for i, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = out(model, x[i : i + 1])
+        else:
+            model.set_adapter(name)
+            alone = out(model, x[i : i + 1])
+        torch.testing.assert_close(mixed[i : i + 1], alone, atol=2e-6, rtol=1e-5)
+
+
+def test_parameters_cannot_be_mixed_in_a_batch() -> None:
+    kind = KINDS["experts"]
+    with pytest.raises(ValueError, match="adapter_names is not possible with target_parameters"):
+        adapted(kind)(kind.inputs(), adapter_names=["default"] * 5)
+
+
+def test_parameters_have_no_dropout() -> None:
+    with pytest.raises(ValueError, match=r"dropout must be 0 for target_parameters, .* got dropout=0.1"):
+        adapted(KINDS["experts"], dropout=0.1)
+
+
+def test_a_parameter_that_is_no_matrix_is_refused() -> None:
+    config = NBLoraConfig(target_modules=[], target_parameters=["layer.bias"])
+    with pytest.raises(TypeError, match=r"'layer.bias' must be a .* matrix .* got shape \(5,\)"):
+        get_peft_model(base_of(KINDS["linear"]), config)
+
+
+def test_all_adapters_have_the_same_parameters() -> None:
+    kind = KINDS["experts"]
+    other = NBLoraConfig(target_modules=[], target_parameters=["layer.down"])
+    with pytest.raises(ValueError, match=r"same target_parameters, got \['layer.down'\], and \['layer.up'\]"):
+        adapted(kind).add_adapter("other", other)
+
+
+def test_the_output_projection_of_attention_has_no_effect_and_says_so() -> None:
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.warns(UserWarning, match="'attention.out_proj' is the output projection .* has no effect"):
+        get_peft_model(base, NBLoraConfig(target_modules=["out_proj"]))
+
+
+def test_attention_by_its_parameters() -> None:
+    """What the warning above proposes: the packed projections and the output, as parameters."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True)}).eval()
+    base.forward = lambda x: base["attention"](x, x, x)[0]  # type: ignore[method-assign]
+    x = torch.randn(2, 5, 8)
+    expected = out(base, x)
+    config = NBLoraConfig(
+        target_modules=[], target_parameters=["attention.in_proj_weight"], init_weights=False, r=2
+    )
+    model = get_peft_model(copy.deepcopy(base), config)
+    layer = model.base_model.model["attention"]
+    mine = layer(x, x, x)[0]
+    shifted_base = copy.deepcopy(base)
+    with torch.no_grad():
+        shifted_base["attention"].in_proj_weight.add_(layer.get_delta_weight("default"))
+    torch.testing.assert_close(mine, shifted_base["attention"](x, x, x)[0])
+    assert not torch.allclose(mine, expected, atol=1e-3)
+
+
+MIXTURES = {
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
+    ),
+    "gpt-oss": (  # stores its experts as (experts, in, out)
+        GptOssForCausalLM,
+        GptOssConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 8},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_of_transformers_models(name: str, tmp_path: Path) -> None:
+    model_class, config_class, options = MIXTURES[name]
+    config = config_class(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        **options,
+    )
+    torch.manual_seed(0)
+    base = model_class(config).eval()
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    method = NBLoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets, init_weights=False)
+    model = get_peft_model(copy.deepcopy(base), method).eval()
+    x = tokens()
+    with torch.no_grad():
+        logits = model(x).logits
+    expected = copy.deepcopy(base)
+    found = nblora_layers(model, "default")
+    assert len(found) == 2 * 3
+    for layer_name, layer in found.items():
+        module = expected.get_submodule(
+            layer_name.removeprefix("base_model.model.").replace(".base_layer", "")
+        )
+        parameter = getattr(module, getattr(layer, "parameter_name", "weight"))
+        matrices = parameter.mT if name == "gpt-oss" and parameter.ndim == 3 else parameter
+        delta = layer.get_delta_weight("default").detach()
+        as_matrices = delta.mT if name == "gpt-oss" and parameter.ndim == 3 else delta
+        limits = 0.3 * spectra(matrices.detach())[..., 0]
+        assert (np.linalg.norm(spectra(as_matrices), axis=-1) <= limits * (1 + 1e-5)).all()
+        parameter.data += delta
+    with torch.no_grad():
+        torch.testing.assert_close(logits, expected(x).logits, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(logits, base(x).logits, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(x).logits, logits)
+    model.train()
+    model(x, labels=x).loss.backward()
+    missing = [n for n, p in model.named_parameters() if ".nblora_" in n and p.grad is None]
+    assert not missing
