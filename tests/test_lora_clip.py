@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from conftest import tiny_llama
-from lora_samples import CONFIG, WEIGHTS, change_config, factors, peft_folder, product
+from lora_samples import CONFIG, WEIGHTS, factors, peft_folder, product
 from nblora.bounds import parse_norm
-from nblora.checkpoints import AdapterError, clip_lora, spectra
+from nblora.checkpoints import clip_lora, spectra
 from nblora.checkpoints.spectra import clip_in_place, spectrum
 
 F64 = torch.finfo(torch.float64).eps
@@ -91,7 +83,9 @@ def test_badly_scaled_and_dependent_factors(dtype: torch.dtype, norm: str) -> No
     expected = clipped_svd(update, norm, bound)
     clip_in_place(up, down, 1.0, parse_norm(norm), bound)
     coarse = 50 * torch.finfo(dtype).eps
-    assert torch.linalg.matrix_norm(product(up, down) - expected) <= coarse * torch.linalg.matrix_norm(expected)
+    assert torch.linalg.matrix_norm(product(up, down) - expected) <= coarse * torch.linalg.matrix_norm(
+        expected
+    )
 
 
 def test_inside_the_ball_not_a_bit_moves() -> None:

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from nblora.callbacks import NBLoraCallback as NBLoraCallback
     from nblora.certificate import Certificate as Certificate
     from nblora.certificate import certify as certify
+    from nblora.checkpoints import check_engines as check_engines
+    from nblora.checkpoints import clip_lora as clip_lora
     from nblora.checkpoints import export_lora as export_lora
+    from nblora.checkpoints import import_lora as import_lora
+    from nblora.checkpoints import inspect_lora as inspect_lora
     from nblora.comparison import compare as compare
     from nblora.suggestion import suggest as suggest
     from nblora.training import finetune as finetune
@@ -36,9 +40,13 @@ _HOMES = {
     "Certificate": "nblora.certificate",
     "NBLoraCallback": "nblora.callbacks",
     "certify": "nblora.certificate",
+    "check_engines": "nblora.checkpoints",
+    "clip_lora": "nblora.checkpoints",
     "compare": "nblora.comparison",
     "export_lora": "nblora.checkpoints",
     "finetune": "nblora.training",
+    "import_lora": "nblora.checkpoints",
+    "inspect_lora": "nblora.checkpoints",
     "suggest": "nblora.suggestion",
     "NBLoraConfig": "nblora.tuner",
     "NBLoraModel": "nblora.tuner",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from nblora.checkpoints.adapter import TOLERANCE, Adapter, BoundedLayer, read_adapter
-from nblora.checkpoints.clipping import clip_lora
+from nblora.checkpoints.clipping import CutReport, clip_lora
+from nblora.checkpoints.engines import EngineReport, check_engines
 from nblora.checkpoints.exporting import export_lora
+from nblora.checkpoints.importing import import_lora
+from nblora.checkpoints.inspection import Inspection, inspect_lora
 from nblora.checkpoints.lora import LoraFile, open_lora
 from nblora.checkpoints.storage import AdapterError, PathLike, atomic_file, atomic_folder
 
@@ -13,12 +16,18 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "BoundedLayer",
+    "CutReport",
+    "EngineReport",
+    "Inspection",
     "LoraFile",
     "PathLike",
     "atomic_file",
     "atomic_folder",
+    "check_engines",
     "clip_lora",
     "export_lora",
+    "import_lora",
+    "inspect_lora",
     "open_lora",
     "read_adapter",
 ]

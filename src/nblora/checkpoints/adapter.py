@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from nblora.bounds import Norm, parse_norm
+from nblora.checkpoints.base import Place
 from nblora.checkpoints.layouts import PEFT_PREFIX, adapted_parameters
 from nblora.checkpoints.lora import LoraFile, locate, parse_lora
 from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile, one_line, read_json
@@ -81,6 +82,25 @@ class Adapter:
     config: NBLoraConfig | LoraConfig | None
     layers: dict[str, BoundedLayer]
     others: dict[str, Tensor]
+
+    def place(self, name: str, source: str) -> Place:
+        """How the base weight of a layer is recognised.
+
+        Args:
+            source: where the adapter is from, for errors.
+        """
+        layer = self.layers[name]
+        targets = None if self.config is None else self.config.target_parameters
+        parameters = adapted_parameters(targets, name) or [".weight"]
+        *_, m, n = layer.update.shape
+        return Place(
+            name,
+            (m, n),
+            None if layer.update.left.ndim == 2 else len(layer.bounds),
+            frozenset(parameter.rpartition(".")[2] for parameter in parameters),
+            flattened=False,
+            file=source,
+        )
 
 
 def read_adapter(source: nn.Module | PathLike, adapter_name: str = "default") -> Adapter:

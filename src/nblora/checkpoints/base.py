@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from nblora.bounds import spectral_norm
-from nblora.checkpoints.layouts import LoraLayer
-from nblora.checkpoints.lora import LoraFile
 from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile
+
+
+@dataclass(frozen=True)
+class Place:
+    """How the base weight of an adapted layer is recognised.
+
+    Attributes:
+        name: of the layer in the adapter.
+        shape: (m, n) of its update.
+        experts: E, None for one matrix.
+        parameters: what the weight may be called in its module.
+        flattened: whether "_" in the name stands for "." too.
+        file: the adapter, for errors.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    experts: int | None
+    parameters: frozenset[str]
+    flattened: bool
+    file: str
+
+    @property
+    def depth(self) -> int:
+        """How many wrappers of other parameters of the module are around this one."""
+        return self.name.count(".base_layer")
+
+    @property
+    def module(self) -> str:
+        """The name without what PEFT adds where it nests wrappers."""
+        return re.sub(r"(\.base_layer)+$", "", self.name)
+
+    def may_be(self, module: str) -> bool:
+        """Whether a name means this module; one of them may have a prefix that the other lacks."""
+        if self.flattened:
+            return module.replace(".", "_") == self.module
+        return (
+            module == self.module or module.endswith(f".{self.module}") or self.module.endswith(f".{module}")
+        )
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight has the shape of the update or, as in embeddings, of its transpose."""
+        if self.experts is not None:
+            return len(shape) == 3 and shape[0] == self.experts and set(shape[1:]) == set(self.shape)
+        return len(shape) >= 2 and (shape[0], math.prod(shape[1:])) in (self.shape, self.shape[::-1])
 
 
 class BaseWeights:
@@ -30,6 +74,7 @@ class BaseWeights:
 
     def __init__(self, base: nn.Module | PathLike, component: str | None = None) -> None:
         self.tensors: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
+        self.in_order = isinstance(base, nn.Module)  # a file is in another order than its modules
         if isinstance(base, nn.Module):
             self.source = type(base).__name__
             for name, parameter in base.named_parameters(remove_duplicate=False):
@@ -49,60 +94,43 @@ class BaseWeights:
             for key, entry in tensors.entries.items():
                 self.tensors[key] = (entry.shape, partial(tensors.read, key))
 
-    def module_name(self, file: LoraFile, layer: LoraLayer) -> str:
+    def module_name(self, place: Place) -> str:
         """The name of a layer's module in the base, also where the layout flattens names."""
-        return self._weights(file, layer)[0].rpartition(".")[0]
+        return self._weights(place)[0].rpartition(".")[0]
 
-    def norms(self, file: LoraFile, layer: LoraLayer) -> list[float]:
+    def norms(self, place: Place) -> list[float]:
         """The spectral norm of a layer's base weight, one for each expert.
 
         Raises:
             AdapterError: if there is no such weight, or it does not fit the layer.
         """
-        key, load = self._weights(file, layer)
+        key, load = self._weights(place)
         weight = load()
         try:
             if not weight.is_floating_point():
                 raise ValueError(f"got {weight.dtype}")
-            matrices = [weight.flatten(1)] if layer.experts is None else list(weight)
+            matrices = [weight.flatten(1)] if place.experts is None else list(weight)
             return [spectral_norm(matrix).item() for matrix in matrices]
         except ValueError as error:
             raise AdapterError(
                 f"{self.source} must have finite floating-point weights, at {key!r}: {error}"
             ) from error
 
-    def _weights(self, file: LoraFile, layer: LoraLayer) -> tuple[str, Callable[[], Tensor]]:
-        name = re.sub(r"(\.base_layer)+$", "", layer.name)
-        parameters = {"weight"}
-        if layer.experts is not None and file.config is not None:
-            parameters = {key.rpartition(".")[2] for key in file.config.target_parameters or ()}
+    def _weights(self, place: Place) -> tuple[str, Callable[[], Tensor]]:
         found = [
             key
             for key in self.tensors
-            if key.rpartition(".")[2] in parameters and self._same(key.rpartition(".")[0], name, file.layout)
+            if key.rpartition(".")[2] in place.parameters and place.may_be(key.rpartition(".")[0])
         ]
-        exact = [key for key in found if key.rpartition(".")[0] == name]
-        fitting = [key for key in exact or found if self._fits(self.tensors[key][0], layer)]
+        exact = [key for key in found if key.rpartition(".")[0] == place.module]
+        if self.in_order and len(exact) > 1:
+            # PEFT nests wrappers in the order of the parameters, the last one outermost
+            exact = exact[::-1][place.depth : place.depth + 1]
+        fitting = [key for key in exact or found if place.fits(self.tensors[key][0])]
         if len(fitting) != 1:
             seen = [f"{key} {self.tensors[key][0]}" for key in exact or found]
             raise AdapterError(
-                f"{self.source} must have one weight of shape {layer.shape} for layer {layer.labels[0]!r} of "
-                f"{file.tensors.path}, got {', '.join(seen) or 'none'}: is it the base model of this LoRA?"
+                f"{self.source} must have one weight of shape {place.shape} for layer {place.name!r} of "
+                f"{place.file}, got {', '.join(seen) or 'none'}: is it the base model of this adapter?"
             )
         return fitting[0], self.tensors[fitting[0]][1]
-
-    @staticmethod
-    def _same(module: str, name: str, layout: str) -> bool:
-        """Whether two names mean the same module; one may have a prefix that the other lacks."""
-        if layout == "kohya":
-            return module.replace(".", "_") == name
-        return module == name or module.endswith(f".{name}") or name.endswith(f".{module}")
-
-    @staticmethod
-    def _fits(shape: tuple[int, ...], layer: LoraLayer) -> bool:
-        """Whether a weight has the shape of the update or, as in embeddings, of its transpose."""
-        m, n = layer.shape
-        if layer.experts is not None:
-            return len(shape) == 3 and shape[0] == layer.experts and set(shape[1:]) == {m, n}
-        rows, columns = shape[0] if shape else 0, torch.Size(shape[1:]).numel()
-        return (rows, columns) in ((m, n), (n, m)) and len(shape) >= 2

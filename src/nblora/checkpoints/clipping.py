@@ -195,7 +195,7 @@ class Radii:
         layer = self.file.layers[index]
         if not self.bases:
             return [self.bound] * len(layer.labels)
-        return [self.bound * norm for norm in self.bases[layer.component].norms(self.file, layer)]
+        return [self.bound * norm for norm in self.bases[layer.component].norms(self.file.place(layer))]
 
 
 def cut(

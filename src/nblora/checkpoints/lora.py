@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from nblora.checkpoints.layouts import Layout, LoraLayer, parse
+from nblora.checkpoints.base import Place
+from nblora.checkpoints.layouts import Layout, LoraLayer, adapted_parameters, parse
 from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile, find_file, one_line, read_json
 from nblora.lowrank import LowRank
 
@@ -54,6 +55,19 @@ class LoraFile:
     def factors(self, layer: LoraLayer) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """B (m, k) and A (k, n) of a layer in the precision of the file, one pair for each expert."""
         return layer.matrices(self.tensors.read(layer.up), self.tensors.read(layer.down))
+
+    def place(self, layer: LoraLayer) -> Place:
+        """How the base weight of a layer is recognised."""
+        targets = () if self.config is None else self.config.target_parameters
+        parameters = adapted_parameters(targets, layer.name) or [".weight"]
+        return Place(
+            layer.name,
+            layer.shape,
+            layer.experts,
+            frozenset(name.rpartition(".")[2] for name in parameters),
+            self.layout == "kohya",
+            str(self.tensors.path),
+        )
 
     def updates(self, layer: LoraLayer) -> Iterator[LowRank]:
         """scale B A of a layer in float64, one for each expert.
