@@ -325,24 +325,73 @@ def test_the_output_projection_of_attention_has_no_effect_and_says_so() -> None:
         get_peft_model(base, NBLoraConfig(target_modules=["out_proj"]))
 
 
-def test_attention_by_its_parameters() -> None:
-    """What the warning above proposes: the packed projections and the output, as parameters."""
+class Attending(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Encoder(nn.Module):
+    """PyTorch's own encoder, which in eval mode takes weights out of its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(("build", "target"), [(Attending, "attention"), (Encoder, "self_attn")])
+def test_attention(build: type[nn.Module], target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True)}).eval()
-    base.forward = lambda x: base["attention"](x, x, x)[0]  # type: ignore[method-assign]
-    x = torch.randn(2, 5, 8)
-    expected = out(base, x)
-    config = NBLoraConfig(
-        target_modules=[], target_parameters=["attention.in_proj_weight"], init_weights=False, r=2
-    )
-    model = get_peft_model(copy.deepcopy(base), config)
-    layer = model.base_model.model["attention"]
-    mine = layer(x, x, x)[0]
-    shifted_base = copy.deepcopy(base)
-    with torch.no_grad():
-        shifted_base["attention"].in_proj_weight.add_(layer.get_delta_weight("default"))
-    torch.testing.assert_close(mine, shifted_base["attention"](x, x, x)[0])
-    assert not torch.allclose(mine, expected, atol=1e-3)
+    base, x = build().eval(), torch.randn(2, 5, 8)
+    config = NBLoraConfig(target_modules=[target], r=2)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    torch.testing.assert_close(out(model, x), out(base, x))
+    scatter(model)
+    expected = copy.deepcopy(base)
+    for name, layer in nblora_layers(model, "default").items():
+        parts = name.removeprefix("base_model.model.").replace("base_layer.", "")
+        module = expected.get_submodule(parts)
+        weight = getattr(module, "weight", None) if hasattr(module, "weight") else module.in_proj_weight
+        delta = layer.get_delta_weight("default").detach()
+        limit = 0.3 * spectra(weight)[0]
+        assert 0.05 * limit < np.linalg.norm(spectra(delta)) <= limit * (1 + 1e-5)
+        weight.data += delta
+    torch.testing.assert_close(out(model, x), out(expected, x), atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(out(model, x), out(base, x), atol=1e-3)
+    assert certify(model).holds
+    assert len(certify(model).layers) == 2 * (2 if build is Encoder else 1)
+    with model.disable_adapter():
+        torch.testing.assert_close(out(model, x), out(base, x))
+    model.train()(x).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if ".nblora_" in n)
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(out(loaded, x), out(model, x))
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    model.merge_adapter()
+    torch.testing.assert_close(out(model, x), out(expected, x), atol=2e-6, rtol=1e-5)
+    model.unmerge_adapter()
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(out(merged, x), out(expected, x), atol=2e-6, rtol=1e-5)
+    assert merged.state_dict().keys() == base.state_dict().keys()
+
+
+def test_attention_that_cannot_be_adapted() -> None:
+    with pytest.raises(TypeError, match=r"'attention' must have keys and values of .* embed_dim=8, kdim=4"):
+        get_peft_model(Attending(kdim=4), NBLoraConfig(target_modules=["attention"]))
+    with pytest.raises(ValueError, match=r"dropout must be 0 for nn.MultiheadAttention"):
+        get_peft_model(Attending(), NBLoraConfig(target_modules=["attention"], dropout=0.1))
+    model = get_peft_model(Attending(), NBLoraConfig(target_modules=["attention"])).eval()
+    with pytest.raises(ValueError, match=r"adapter_names is not possible with nn.MultiheadAttention"):
+        model(torch.randn(2, 5, 8), adapter_names=["default", "default"])
 
 
 MIXTURES = {

@@ -11,6 +11,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,8 @@ class NBLoraCallback(TrainerCallback):
     - `nblora/share_max`, `nblora/share_mean`, `nblora/share_min` over all layers.
 
     Some reporters put `train/` before it, as before the loss. <layer> is the module name in the base
-    model; with several active adapters it is <layer>/<adapter>. A layer of radius zero has no share.
+    model; with several active adapters it is <layer>/<adapter>; of experts, each has its own, <layer>[3].
+    A layer of radius zero has no share.
     Progress bars and printers are spared. The numbers depend on the weights alone; training goes on
     bitwise as without the callback.
 
@@ -107,7 +109,8 @@ class NBLoraCallback(TrainerCallback):
                 f"{type(model).__name__} without one: get_peft_model(model, NBLoraConfig(...)) adds it"
             )
         # the state of a checkpoint remembers what was measured up to it; that of a fresh start nothing
-        self.history = _history(state.log_history, list(adapters))
+        names = [name for key, (layer, _) in adapters.items() for name in _names(key, layer)]
+        self.history = _history(state.log_history, names)
         self._has_stepped = False
 
     def on_step_end(
@@ -304,18 +307,24 @@ def _measure(model: nn.Module, top: int) -> dict[str, dict[str, Any]]:
     adapters = _active_adapters(model)
     waiting: dict[Any, list[tuple[str, FreeParameters, Tensor]]] = {}
     batches: list[_Batch] = []
-    for name, (layer, adapter) in adapters.items():
+    names: list[str] = []
+    for layer_name, (layer, adapter) in adapters.items():
         free = layer.free_parameters(adapter).map(_whole)
-        if free.out.ndim != 2:
+        if free.out.ndim != 2 + len(layer.batch_shape):
             raise ValueError(
                 "FSDP must wrap adapters with peft.utils.other.fsdp_auto_wrap_policy, as it does for a "
-                f"PeftModel in a Trainer: got a shard of layer {name!r}, which cannot be measured"
+                f"PeftModel in a Trainer: got a shard of layer {layer_name!r}, which cannot be measured"
             )
         equal = (layer.method[adapter], free.out.shape, free.into.shape, free.out.dtype, free.out.device)
-        group = waiting.setdefault(equal, [])
-        group.append((name, free, layer.radius(adapter)))
-        if len(group) * (free.out.numel() + free.into.numel()) >= _AT_ONCE:
-            batches.append(_batch(layer.method[adapter], waiting.pop(equal)))
+        # an update is proportional to its radius, so this is the update as the layer applies it
+        radius = layer.radius(adapter) * abs(layer.scaling[adapter])
+        for i, name in enumerate(_names(layer_name, layer)):
+            one = free.map(itemgetter(i)) if layer.batch_shape else free
+            names.append(name)
+            group = waiting.setdefault(equal, [])
+            group.append((name, one, radius[i] if layer.batch_shape else radius))
+            if len(group) * (one.out.numel() + one.into.numel()) >= _AT_ONCE:
+                batches.append(_batch(layer.method[adapter], waiting.pop(equal)))
     batches += [_batch(equal[0], group) for equal, group in waiting.items()]
     measured = {}
     for batch in _on_cpu(batches):
@@ -329,7 +338,14 @@ def _measure(model: nn.Module, top: int) -> dict[str, dict[str, Any]]:
         ):
             share = None if radius == 0 else norm / radius
             measured[name] = {"norm": norm, "share": share, "top": spectrum}
-    return {name: measured[name] for name in adapters}
+    return {name: measured[name] for name in names}
+
+
+def _names(layer_name: str, layer: NBLoraLayer) -> list[str]:
+    """The name of a layer, or of each of its experts."""
+    if not layer.batch_shape:
+        return [layer_name]
+    return [f"{layer_name}[{i}]" for i in range(layer.batch_shape[0])]
 
 
 def _whole(tensor: Tensor) -> Tensor:

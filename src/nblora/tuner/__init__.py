@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nblora.tuner.attention import NBLoraMultiheadAttention
 from nblora.tuner.config import NBLoraConfig, NBLoraType
 from nblora.tuner.conv import NBLoraConv
 from nblora.tuner.embedding import NBLoraEmbedding
@@ -17,6 +18,7 @@ __all__ = [
     "NBLoraLayer",
     "NBLoraLinear",
     "NBLoraModel",
+    "NBLoraMultiheadAttention",
     "NBLoraType",
     "ParamWrapper",
     "RunawayWarning",

@@ -46,6 +46,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         bound: its bound.
         config: where all else comes from.
         layer_name: for messages.
+        twin: see `update_layer`.
         get_apply_tensor_subclass: of torchao's quantization, which merging needs.
 
     Raises:
@@ -94,6 +95,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         bound: float,
         config: NBLoraConfig,
         layer_name: str,
+        twin: str | None = None,
         get_apply_tensor_subclass: Any = None,
     ) -> None:
         super().__init__()
@@ -111,7 +113,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         self._factors = Factors()
         self._active_adapter = adapter_name
         self._check_base_layer(layer_name)
-        self.update_layer(adapter_name, r=r, bound=bound, config=config, layer_name=layer_name)
+        self.update_layer(adapter_name, r=r, bound=bound, config=config, layer_name=layer_name, twin=twin)
 
     # ------------------------------------------------------------- what a kind of layer says
 
@@ -161,9 +163,21 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         return adapter_name in self.method
 
     def update_layer(
-        self, adapter_name: str, *, r: int, bound: float, config: NBLoraConfig, layer_name: str
+        self,
+        adapter_name: str,
+        *,
+        r: int,
+        bound: float,
+        config: NBLoraConfig,
+        layer_name: str,
+        twin: str | None = None,
     ) -> None:
         """Add (or replace) an adapter.
+
+        Args:
+            twin: an adapter of the same configuration, whose radius the new one takes where the layer has
+                it. A radius can have come with a checkpoint, from other base weights than these, and TRL
+                copies the parameters of an adapter to its reference adapter, but not the radius.
 
         Raises:
             ValueError: if the bound is relative and the base weight is not finite, or for options that
@@ -197,8 +211,11 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
                 del container[adapter_name]
         dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
         self.nblora_dropout[adapter_name] = dropout
-        radius = self._new_radius(adapter_name, bound, config, layer_name)
-        self.nblora_radius[adapter_name] = Radius(rounded_down(radius, dtype))
+        if twin is not None and self.has_adapter(twin):
+            radius = self.radius(twin).clone()
+        else:
+            radius = rounded_down(self._new_radius(adapter_name, bound, config, layer_name), dtype)
+        self.nblora_radius[adapter_name] = Radius(radius)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -412,7 +429,8 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             merged = (weight + delta).to(weight.dtype)
             if safe_merge and not bool(merged.isfinite().all()):
                 raise ValueError(
-                    f"the merged weight must be finite, got NaN or infinity from adapter {adapter_name!r}"
+                    "the merged weight must be finite, got NaN or infinity: NaNs detected in the merged "
+                    f"weights. The adapter {adapter_name} seems to be broken"
                 )
             if self.quantization_backend is None:
                 # (W + d) - d is not always W in floating point. Remembering the few entries where it
@@ -508,6 +526,23 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
     def _added(self, adapter_name: str, x: Tensor) -> Tensor:
         self._watch(adapter_name)
         return self._apply_update(self._current_update(adapter_name), self.nblora_dropout[adapter_name](x))
+
+    def adapted_weight(self, weight: Tensor) -> Tensor:
+        """The base weight plus the updates of the active adapters, with their gradients.
+
+        For modules that use a weight without calling a layer. What is disabled or merged changes nothing.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return weight
+        for adapter_name in filter(self.has_adapter, self.active_adapters):
+            self._watch(adapter_name)
+            weight = self._plus(weight, self._current_update(adapter_name))
+        return weight
+
+    def _plus(self, weight: Tensor, update: LowRank) -> Tensor:
+        return weight + self._dense(update).to(weight.dtype)
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from nblora.tuner.attention import NBLoraMultiheadAttention
 from nblora.tuner.combination import Combination, combine
 from nblora.tuner.config import NBLoraConfig, pattern_value
 from nblora.tuner.conv import NBLoraConv
@@ -95,6 +96,14 @@ class NBLoraModel(BaseTuner):
             "bound": pattern_value(peft_config.bound_pattern, current_key, peft_config.bound),
             "config": peft_config,
             "layer_name": current_key,
+            "twin": next(
+                (
+                    name
+                    for name, config in self.peft_config.items()
+                    if name != adapter_name and config == peft_config
+                ),
+                None,
+            ),
         }
         around_another = (
             isinstance(target, ParamWrapper) and parameter_name is not None
@@ -207,10 +216,12 @@ def _layer_class(base: nn.Module, layer_name: str) -> type[NBLoraLayer]:
     if isinstance(base, NonDynamicallyQuantizableLinear):
         warnings.warn(
             f"{layer_name!r} is the output projection of an nn.MultiheadAttention, which reads its weight "
-            "without calling it, so an adapter there has no effect: exclude it, or adapt its weight with "
-            "target_parameters.",
+            "without calling it, so an adapter there has no effect: exclude it, or target the attention "
+            "itself.",
             stacklevel=2,
         )
+    if isinstance(base, nn.MultiheadAttention):
+        return NBLoraMultiheadAttention
     if isinstance(base, (nn.Linear, Conv1D)):
         return NBLoraLinear
     if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -221,6 +232,6 @@ def _layer_class(base: nn.Module, layer_name: str) -> type[NBLoraLayer]:
     if backend is not None and backend.layer_type == "linear":
         return NBLoraLinear
     raise TypeError(
-        "NB-LoRA adapts torch.nn.Linear, Conv1d, Conv2d, Conv3d and Embedding, transformers' Conv1D and "
-        f"quantized linear layers, got {type(base).__name__} at {layer_name!r}"
+        "NB-LoRA adapts torch.nn.Linear, Conv1d, Conv2d, Conv3d, Embedding and MultiheadAttention, "
+        f"transformers' Conv1D and quantized linear layers, got {type(base).__name__} at {layer_name!r}"
     )

@@ -78,18 +78,13 @@ class ParamWrapper(NBLoraLayer):
     def _dense(self, update: LowRank) -> Tensor:
         return self._matrix(update.dense())
 
-    def _adapted(self) -> Tensor:
-        """The parameter plus the updates of the active adapters, with their gradients."""
-        weight: Tensor = getattr(self.get_base_layer(), self.parameter_name)
-        for adapter_name in filter(self.has_adapter, self.active_adapters):
-            self._watch(adapter_name)
-            update = self._current_update(adapter_name)
-            left, right = update.balanced_for(weight.dtype)
-            if self._transposed:
-                left, right = right.mT, left.mT
-            add = torch.addmm if weight.ndim == 2 else torch.baddbmm
-            weight = add(weight, left, right)
-        return weight
+    def _plus(self, weight: Tensor, update: LowRank) -> Tensor:
+        # in one go, for all experts of a layer are large
+        left, right = update.balanced_for(weight.dtype)
+        if self._transposed:
+            left, right = right.mT, left.mT
+        add = torch.addmm if weight.ndim == 2 else torch.baddbmm
+        return add(weight, left, right)
 
     def forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
@@ -99,14 +94,11 @@ class ParamWrapper(NBLoraLayer):
                 "adapter_names is not possible with target_parameters, since all samples of a batch share "
                 "the adapted parameter: call the model without it, after set_adapter"
             )
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return self.base_layer(x, *args, **kwargs)
         name, inner = self.parameter_name, self.base_layer
         while isinstance(inner, ParamWrapper):
             name, inner = f"base_layer.{name}", inner.base_layer
-        return torch.func.functional_call(self.base_layer, {name: self._adapted()}, (x, *args), kwargs)
+        weight = self.adapted_weight(getattr(inner, self.parameter_name))
+        return torch.func.functional_call(self.base_layer, {name: weight}, (x, *args), kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
