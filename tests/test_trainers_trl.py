@@ -262,7 +262,6 @@ def test_a_trained_adapter_is_compared_with_a_copy_of_itself(
     assert certify(model, "ref").holds
 
 
-@pytest.mark.xfail(reason="TRL copies parameters, and the radius is a buffer", strict=True)
 def test_the_copy_has_the_radius_that_was_loaded(tmp_path: Path) -> None:
     """A loaded adapter keeps its radius over other base weights, and so must its copy."""
     moved(llama()).save_pretrained(tmp_path / "adapter")
