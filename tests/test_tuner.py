@@ -625,7 +625,7 @@ def test_safe_merge_refuses_what_is_not_finite() -> None:
     before = weights(model)
     for layer in layers(model):
         layer.nblora_in["default"].weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="must be finite, got NaN or infinity: .* The adapter default seems"):
+    with pytest.raises(ValueError, match=r"must be finite, .* The adapter default seems"):
         model.merge_adapter(safe_merge=True)
     assert changed(model, before) == 0
     assert not any(layer.merged for layer in layers(model))

@@ -82,7 +82,7 @@ class NBLoraMultiheadAttention(NBLoraLayer):
     def _dense(self, update: LowRank) -> Tensor:
         return update.dense()
 
-    def forward(
+    def forward(  # type: ignore[override]  # callers name their arguments
         self, query: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         if adapter_names is not None:

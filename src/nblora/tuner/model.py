@@ -124,6 +124,17 @@ class NBLoraModel(BaseTuner):
             layer.requires_grad_(False)  # a further adapter is trained only once it is set active
         self._replace_module(parent, target_name, layer, target)
 
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, *, adapter_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
+        # PEFT picks entries by the names of modules, which FSDP changes, so that nothing would be saved
+        found: dict[str, Any] = super()._get_adapter_state_dict(
+            adapter_name=adapter_name, state_dict=state_dict, **kwargs
+        )
+        ours = re.compile(rf"\.{cls.prefix}\w+\.{re.escape(adapter_name)}\.weight$")
+        return found | {key: value for key, value in state_dict.items() if ours.search(key)}
+
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:

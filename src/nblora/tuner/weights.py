@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nblora.bounds import Norm, parse_norm
 from nblora.lowrank import LowRank
@@ -75,6 +76,9 @@ class FreeWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """A copy of the weight: what FSDP gathered is gone after the call."""
+        if isinstance(self.weight, DTensor):  # outside of the forward pass FSDP2 keeps it in shards
+            whole: Tensor = self.weight.full_tensor()
+            return whole
         return self.weight.clone()
 
     def extra_repr(self) -> str:
