@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import torch
 from peft.utils import CONFIG_NAME
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nblora.bounds import Norm, parse_norm
 from nblora.checkpoints.base import BaseWeights
+from nblora.checkpoints.layouts import LoraLayer
 from nblora.checkpoints.lora import LoraFile, open_lora
 from nblora.checkpoints.spectra import clip_in_place
 from nblora.checkpoints.storage import AdapterError, PathLike, atomic_file, atomic_folder, one_line
@@ -228,27 +229,34 @@ def _clip(
     """Write a copy of the file in which the factors of updates outside the ball are replaced."""
     radii = Radii(file, bound, bound_kind, base)
     shutil.copyfile(file.tensors.path, target)
-    cuts = []
+    cuts: list[Cut] = []
     with target.open("r+b") as copy:
         for index, layer in enumerate(file.layers):
-            up, down = file.tensors.read(layer.up), file.tensors.read(layer.down)
-            changed = False
-            for label, radius, (left, right) in zip(
-                layer.labels, radii.of(index), layer.matrices(up, down), strict=True
-            ):
-                try:
-                    spectra = clip_in_place(left, right, layer.scale, norm, radius)
-                except ArithmeticError as error:
-                    raise AdapterError(
-                        f"{file.tensors.path} must have finite updates, from {layer.down!r} and "
-                        f"{layer.up!r}, {error}"
-                    ) from error
-                cuts.append(cut(label, layer.shape, layer.rank, radius, spectra, norm))
-                changed |= cuts[-1].changed
-            if changed:
-                file.tensors.overwrite(copy, layer.up, up)
-                file.tensors.overwrite(copy, layer.down, down)
+            cuts += _clip_layer(file, layer, norm, radii.of(index), copy)
             advance(index + 1, len(file.layers))
         copy.flush()
         os.fsync(copy.fileno())
     return CutReport(norm.name, tuple(cuts), file.others)
+
+
+def _clip_layer(
+    file: LoraFile, layer: LoraLayer, norm: Norm, bounds: Sequence[float], copy: BinaryIO
+) -> list[Cut]:
+    """Replace the factors of one layer in an open copy of the file, if its update is outside the ball.
+
+    A function of its own, so that the factors of the layer before are gone.
+    """
+    up, down = file.tensors.read(layer.up), file.tensors.read(layer.down)
+    cuts = []
+    for label, bound, (left, right) in zip(layer.labels, bounds, layer.matrices(up, down), strict=True):
+        try:
+            spectra = clip_in_place(left, right, layer.scale, norm, bound)
+        except ArithmeticError as error:
+            raise AdapterError(
+                f"{file.tensors.path} must have finite updates, from {layer.down!r} and {layer.up!r}, {error}"
+            ) from error
+        cuts.append(cut(label, layer.shape, layer.rank, bound, spectra, norm))
+    if any(each.changed for each in cuts):
+        file.tensors.overwrite(copy, layer.up, up)
+        file.tensors.overwrite(copy, layer.down, down)
+    return cuts

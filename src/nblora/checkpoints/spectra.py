@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nblora.bounds import Norm
 
-_CHUNK = 1 << 18  # entries of a factor that are in float64 at a time
+_CHUNK = 1 << 16  # entries of a factor that are in float64 at a time
 _NEGLIGIBLE = 1e-10  # of the product of the factors' norms; below it directions are rounding
 
 
