@@ -482,6 +482,21 @@ def test_wrong_sums_are_refused_and_change_nothing(
     assert not any("sum" in name for name, _ in model.named_modules())
 
 
+def test_sums_take_what_loras_take_and_refuse_what_has_no_meaning() -> None:
+    model = three()
+    add = model.base_model.add_weighted_adapter
+    add(["default", "two"], [1, 1], "sum", "svd", svd_rank=2, density=0.5, majority_sign_method="total")
+    add(["default", "two"], [1, 1], "same", "svd", 2)
+    assert all(torch.equal(a, b) for a, b in zip(dense(model, "sum"), dense(model, "same")))
+    for wrong in ({"svd_clamp": 0.9}, {"densty": 0.5}):
+        with pytest.raises(ValueError, match=rf"sums are exact, got \['{next(iter(wrong))}'\]"):
+            add(["default", "two"], [1, 1], "wrong", **wrong)
+    saving = plain(target_modules=["first"], modules_to_save=["second"])
+    saving.add_adapter("two", NBLoraConfig(target_modules=["first"], modules_to_save=["second"]))
+    with pytest.raises(ValueError, match=r"same module with modules_to_save, but found 1 such instance"):
+        saving.base_model.add_weighted_adapter(["default", "two"], [1, 1], "sum")
+
+
 def test_sums_need_one_norm_and_finite_updates() -> None:
     model = plain(norm="nuclear")
     model.add_adapter("two", NBLoraConfig(target_modules=["first"], norm="frobenius"))

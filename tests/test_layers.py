@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -297,8 +298,33 @@ def test_an_adapter_for_each_sample(kind: Kind) -> None:
 
 def test_parameters_cannot_be_mixed_in_a_batch() -> None:
     kind = KINDS["experts"]
-    with pytest.raises(ValueError, match="adapter_names is not possible with target_parameters"):
+    with pytest.raises(ValueError, match="does not support mixed adapter batches yet"):
         adapted(kind)(kind.inputs(), adapter_names=["default"] * 5)
+
+
+def test_a_parameter_that_is_computed_already() -> None:
+    """By torch.nn.utils.parametrize, without a way back."""
+
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    kind = KINDS["three parameters"]
+    base, x = base_of(kind), kind.inputs()
+    parametrize.register_parametrization(base.layer, "up", Double())
+    expected = out(base, x)
+    config = NBLoraConfig(target_modules=[], target_parameters=["layer.up", "layer.down"], r=2)
+    model = get_peft_model(base, config).eval()
+    torch.testing.assert_close(out(model, x), expected)
+    scatter(model)
+    assert not torch.allclose(out(model, x), expected, atol=1e-3)
+    (up,) = [one for one in nblora_layers(model, "default").values() if one.parameter_name == "up"]
+    limits = 0.3 * spectra(up.get_base_weight().mT)[..., 0]  # of the parameter as it is computed
+    norms = np.linalg.norm(spectra(up.get_delta_weight("default").detach()), axis=-1)
+    assert (norms <= limits * (1 + 1e-5)).all()
+    model.train()(x).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if ".nblora_in" in n)
+    assert len(up.get_base_layer().parametrizations["up"]) == 1
 
 
 def test_parameters_have_no_dropout() -> None:
@@ -390,7 +416,7 @@ def test_attention_that_cannot_be_adapted() -> None:
     with pytest.raises(ValueError, match=r"dropout must be 0 for nn.MultiheadAttention"):
         get_peft_model(Attending(), NBLoraConfig(target_modules=["attention"], dropout=0.1))
     model = get_peft_model(Attending(), NBLoraConfig(target_modules=["attention"])).eval()
-    with pytest.raises(ValueError, match=r"adapter_names is not possible with nn.MultiheadAttention"):
+    with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         model(torch.randn(2, 5, 8), adapter_names=["default", "default"])
 
 

@@ -87,8 +87,8 @@ class NBLoraMultiheadAttention(NBLoraLayer):
     ) -> Any:
         if adapter_names is not None:
             raise ValueError(
-                "adapter_names is not possible with nn.MultiheadAttention, since all samples of a batch "
-                "share the adapted weights: call the model without it, after set_adapter"
+                f"nblora.{type(self).__name__} does not support mixed adapter batches. All samples of a "
+                "batch share the adapted weight: call the model without adapter_names, after set_adapter"
             )
         base: Any = self.get_base_layer()
         weights = {

@@ -146,9 +146,13 @@ def _check(
     norms = {name: known[name].norm for name in adapters}
     if len(set(norms.values())) > 1:
         raise ValueError(f"adapters to add must bound the same norm, got {norms}")
-    for name, module in tuner.model.named_modules():
-        if (
-            isinstance(module, ModulesToSaveWrapper)
-            and sum(a in module.modules_to_save for a in adapters) > 1
-        ):
-            raise ValueError(f"adapters to add must not both have a module to save, got {name!r} in several")
+    shared = [
+        module
+        for module in tuner.model.modules()
+        if isinstance(module, ModulesToSaveWrapper) and sum(a in module.modules_to_save for a in adapters) > 1
+    ]
+    if shared:
+        raise ValueError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(shared)} such instance(s)."
+        )

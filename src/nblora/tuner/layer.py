@@ -211,10 +211,13 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
                 del container[adapter_name]
         dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
         self.nblora_dropout[adapter_name] = dropout
-        if twin is not None and self.has_adapter(twin):
+        if _weight(getattr(self, self.in_name)[adapter_name]).is_meta:
+            # the layer awaits a checkpoint, which holds the radius
+            radius = torch.empty(self.batch_shape, dtype=dtype, device="meta")
+        elif twin is not None and twin in self.nblora_radius:
             radius = self.radius(twin).clone()
         else:
-            radius = rounded_down(self._new_radius(adapter_name, bound, config, layer_name), dtype)
+            radius = rounded_down(self._new_radius(bound, config, layer_name), dtype)
         self.nblora_radius[adapter_name] = Radius(radius)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -245,14 +248,11 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             if not _weight(container[adapter_name]).is_meta:
                 container[adapter_name].to(device)
 
-    def _new_radius(self, adapter_name: str, bound: float, config: NBLoraConfig, layer_name: str) -> Tensor:
+    def _new_radius(self, bound: float, config: NBLoraConfig, layer_name: str) -> Tensor:
         """The absolute radius (float64), NaN where only a checkpoint can tell it."""
         radius = torch.full(self.batch_shape, bound, dtype=torch.float64, device="cpu")
         if config.bound_kind == "absolute":
             return radius
-        # parameters on the meta device: the layer awaits a checkpoint, which holds the radius
-        if _weight(getattr(self, self.in_name)[adapter_name]).is_meta:
-            return torch.full_like(radius, torch.nan)
         weight = self._measurable_weight()
         if weight.is_meta:
             return torch.full_like(radius, torch.nan)
@@ -303,9 +303,10 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"the adapter must be one of {sorted(self.method)}, got {adapter_name!r}")
         angle, logits = self.nblora_angle, self.nblora_scale
         into = getattr(self, self.in_name)[adapter_name]()
+        axis = len(self.batch_shape) + 1  # from here on, one row
         return FreeParameters(
             out=getattr(self, self.out_name)[adapter_name](),
-            into=into.flatten(1 + len(self.batch_shape)),
+            into=into.flatten(axis) if into.ndim > axis else into,
             angle=angle[adapter_name]() if adapter_name in angle else None,
             logits=logits[adapter_name]() if adapter_name in logits else None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -150,6 +152,7 @@ class NBLoraModel(BaseTuner):
         svd_rank: int | None = None,
         *,
         bound: float | None = None,
+        **lora_options: Any,
     ) -> None:
         """Add an adapter whose updates are the weighted sums of the updates of others.
 
@@ -166,10 +169,18 @@ class NBLoraModel(BaseTuner):
             svd_rank: for "svd"; the largest rank of the adapters without it.
             bound: a smaller bound, times the radius that the triangle inequality gives, in (0, 1]: sums
                 outside are projected onto their ball. Without it nothing is changed.
+            lora_options: what else `LoraModel.add_weighted_adapter` takes (density, svd_driver, ...): for
+                other combination types, or without effect on an exact sum.
 
         Raises:
             ValueError: for anything else; the model is then unchanged.
         """
+        unknown = sorted(lora_options.keys() - inspect.signature(LoraModel.add_weighted_adapter).parameters)
+        if unknown or lora_options.get("svd_clamp") is not None:
+            raise ValueError(
+                "add_weighted_adapter takes the arguments of LoraModel.add_weighted_adapter, except "
+                f"svd_clamp, since sums are exact, got {unknown or ['svd_clamp']}"
+            )
         combine(
             self,
             adapters,

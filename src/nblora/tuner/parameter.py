@@ -7,10 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from nblora.lowrank import LowRank
 from nblora.tuner.config import NBLoraConfig
 from nblora.tuner.layer import NBLoraLayer
+
+
+class _Instead(nn.Module):
+    """A parametrization that gives the same tensor whatever it gets."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weights = [weight]  # in a list, so as not to become a parameter
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.weights[0]
 
 
 class ParamWrapper(NBLoraLayer):
@@ -91,14 +103,22 @@ class ParamWrapper(NBLoraLayer):
     ) -> Any:
         if adapter_names is not None:
             raise ValueError(
-                "adapter_names is not possible with target_parameters, since all samples of a batch share "
-                "the adapted parameter: call the model without it, after set_adapter"
+                f"nblora.{type(self).__name__} does not support mixed adapter batches yet. All samples of a "
+                "batch share the adapted weight: call the model without adapter_names, after set_adapter"
             )
         name, inner = self.parameter_name, self.base_layer
         while isinstance(inner, ParamWrapper):
             name, inner = f"base_layer.{name}", inner.base_layer
         weight = self.adapted_weight(getattr(inner, self.parameter_name))
-        return torch.func.functional_call(self.base_layer, {name: weight}, (x, *args), kwargs)
+        if not parametrize.is_parametrized(inner, self.parameter_name):
+            return torch.func.functional_call(self.base_layer, {name: weight}, (x, *args), kwargs)
+        # what is computed by somebody's parametrization cannot be assigned, but another one added
+        parametrize.register_parametrization(inner, self.parameter_name, _Instead(weight), unsafe=True)
+        try:
+            return self.base_layer(x, *args, **kwargs)
+        finally:
+            all_steps: Any = inner.parametrizations
+            del all_steps[self.parameter_name][-1]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
