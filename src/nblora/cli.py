@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from json import loads
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import nblora
+
+if TYPE_CHECKING:
+    from nblora.checkpoints import CutReport
 
 app = typer.Typer(
     name="nblora",
@@ -78,6 +83,23 @@ def certify(
     raise typer.Exit(0 if certificate.holds else BROKEN)
 
 
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+_Lora = Annotated[
+    str,
+    typer.Argument(
+        help="A LoRA: a safetensors file (of PEFT, diffusers or kohya's scripts), a folder, or a hub "
+        "repository.",
+        show_default=False,
+    ),
+]
+_Norm = Annotated[str, typer.Option(help="spectral, frobenius, nuclear, ky-fan-q or a number p >= 1.")]
+_Base = Annotated[
+    Path | None,
+    typer.Option(help="The base model: a folder with safetensors files, or one such file. Only read."),
+]
+_RELATIVE_HELP = "The bound is times the spectral norm of each layer's base weight; needs --base."
+
+
 @app.command()
 def export(
     path: Annotated[str, typer.Argument(help="A saved NB-LoRA adapter: a folder or a hub repository.")],
@@ -85,12 +107,203 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16 or float64; the bound holds after rounding.")
     ] = "float32",
+    layout: Annotated[
+        str, typer.Option(help="peft (for PEFT and serving engines), diffusers or kohya.")
+    ] = "peft",
+    rank: Annotated[
+        int | None, typer.Option(help="Of all layers.  [default: the largest of the adapter]")
+    ] = None,
+    component: Annotated[
+        str | None,
+        typer.Option(help="unet, transformer, text_encoder, ...: what of a pipeline the adapted model is."),
+    ] = None,
+    json: _Json = False,
 ) -> None:
-    """Write an NB-LoRA adapter as a plain LoRA, exactly, for PEFT and serving engines."""
+    """Write an NB-LoRA adapter as a plain LoRA, exactly, and say which serving engines take it.
+
+    Exit status: 0 if done, 2 for input that cannot be used; nothing is written then.
+    """
     with _one_line_errors():
-        nblora.export_lora(path, out, dtype=dtype)
-        certificate = nblora.certify(out)
+        with _layers_bar("Exporting") as advance:
+            nblora.export_lora(
+                path,
+                out,
+                dtype=dtype,
+                layout=cast(Any, layout),
+                rank=rank,
+                component=component,
+                advance=advance,
+            )
+        from nblora.checkpoints import exported_file
+
+        written = exported_file(out, cast(Any, layout))
+        certificate, engines = nblora.certify(written), nblora.check_engines(written)
+    if json:
+        typer.echo(_joined(certificate=certificate, engines=engines))
+        return
     typer.echo(f"Wrote a plain LoRA in {dtype} to {out}. {certificate.summary}")
+    if layout == "peft":
+        _print_rows(engines.rows(), "Serving engines")
+
+
+@app.command(name="import")
+def import_(
+    path: _Lora,
+    out: Annotated[Path, typer.Argument(help="Folder to write the NB-LoRA adapter to.")],
+    bound: Annotated[float, typer.Option(help="On the norm of every update.", show_default=False)],
+    norm: _Norm = "frobenius",
+    relative: Annotated[bool, typer.Option("--relative/--absolute", help=_RELATIVE_HELP)] = True,
+    base: _Base = None,
+    parametrization: Annotated[str, typer.Option(help="joint or svd.")] = "joint",
+    component: Annotated[
+        str | None, typer.Option(help="Which component of a pipeline, where the file has several.")
+    ] = None,
+    json: _Json = False,
+) -> None:
+    """Turn a trained LoRA into an NB-LoRA adapter, which loads with PEFT and continues training.
+
+    Updates inside their bound are the same; of others the nearest update inside is taken.
+
+    Exit status: 0 if done, 2 for input that cannot be used; nothing is written then.
+    """
+    with _one_line_errors(), _layers_bar("Importing") as advance:
+        report = nblora.import_lora(
+            path,
+            out,
+            norm=_norm(norm),
+            bound=bound,
+            bound_kind="relative" if relative else "absolute",
+            base=base,
+            parametrization=cast(Any, parametrization),
+            component=component,
+            advance=advance,
+        )
+    _print_report(report, json, f"What was cut of {path}", f"Wrote an NB-LoRA adapter to {out}.")
+
+
+@app.command()
+def clip(
+    path: _Lora,
+    bound: Annotated[float, typer.Option(help="On the norm of every update.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="File or folder to write.  [default: in place of the LoRA]", show_default=False),
+    ] = None,
+    norm: _Norm = "spectral",
+    relative: Annotated[bool, typer.Option("--relative/--absolute", help=_RELATIVE_HELP)] = False,
+    base: _Base = None,
+    json: _Json = False,
+) -> None:
+    """Cap the size of every update of a LoRA and write a LoRA of the same layout.
+
+    Exit status: 0 if done, 2 for input that cannot be used; nothing is written then.
+    """
+    with _one_line_errors(), _layers_bar("Clipping") as advance:
+        report = nblora.clip_lora(
+            path,
+            path if out is None else out,
+            norm=_norm(norm),
+            bound=bound,
+            bound_kind="relative" if relative else "absolute",
+            base=base,
+            advance=advance,
+        )
+    _print_report(report, json, f"What was cut of {path}", f"Wrote {path if out is None else out}.")
+
+
+@app.command()
+def inspect(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="LoRA or NB-LoRA adapters: safetensors files (of PEFT, diffusers or kohya's scripts), "
+            "folders, hub repositories.",
+            show_default=False,
+        ),
+    ],
+    base: _Base = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the spectra to this PNG, PDF or SVG file.")] = None,
+    json: _Json = False,
+) -> None:
+    """Show spectrum, norms and stable rank of every update, the most dangerous first.
+
+    Danger is the spectral norm; with --base, over the spectral norm of the layer's base weight. Of a PEFT
+    LoRA also which serving engines take it.
+
+    Exit status: 0 if done, 2 for input that cannot be used.
+    """
+    with _one_line_errors():
+        if plot is not None:
+            _needs("A plot", "matplotlib", extra="plots")
+        inspections = []
+        for path in paths:
+            with _layers_bar("Inspecting") as advance:
+                inspections.append(nblora.inspect_lora(path, base=base, advance=advance))
+        if plot is not None:
+            from nblora.checkpoints.figures import plot_spectra
+
+            plot_spectra(inspections, plot)
+    if json:
+        from nblora.checkpoints.tables import json_text
+
+        typer.echo(json_text([inspection.content() for inspection in inspections]))
+        return
+    for inspection in inspections:
+        _print_rows(inspection.rows(), inspection.source)
+        typer.echo(inspection.summary)
+        if inspection.engines is not None and inspection.layout == "peft":
+            _print_rows(inspection.engines.rows(), "Serving engines")
+
+
+@contextmanager
+def _layers_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over layers on standard error; what is yielded moves it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+def _print_report(report: CutReport, json: bool, title: str, done: str) -> None:
+    if json:
+        typer.echo(report.to_json())
+        return
+    _print_rows(report.rows(), title)
+    typer.echo(f"{report.summary} {done}")
+
+
+def _print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:
+    """A table; aligned plain text where the output is a file or a pipe."""
+    console = Console()
+    if not console.is_terminal:
+        from nblora.checkpoints.tables import text_table
+
+        typer.echo(f"{title}\n\n{text_table(rows)}\n")
+        return
+    heading, *others = rows
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in heading:
+        folds = name in ("layer", "why")
+        table.add_column(name, overflow="fold", no_wrap=not folds, min_width=16 if folds else None)
+    for row in others:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _joined(**reports: Any) -> str:
+    """Several reports as one JSON object."""
+    from nblora.checkpoints.tables import json_text
+
+    return json_text({name: loads(report.to_json()) for name, report in reports.items()})
+
+
+def _norm(text: str) -> str | float:
+    """A norm as a number where it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @app.command()

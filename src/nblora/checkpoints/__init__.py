@@ -5,7 +5,7 @@ from __future__ import annotations
 from nblora.checkpoints.adapter import TOLERANCE, Adapter, BoundedLayer, read_adapter
 from nblora.checkpoints.clipping import CutReport, clip_lora
 from nblora.checkpoints.engines import EngineReport, check_engines
-from nblora.checkpoints.exporting import export_lora
+from nblora.checkpoints.exporting import export_lora, exported_file
 from nblora.checkpoints.importing import import_lora
 from nblora.checkpoints.inspection import Inspection, inspect_lora
 from nblora.checkpoints.lora import LoraFile, open_lora
@@ -26,6 +26,7 @@ __all__ = [
     "check_engines",
     "clip_lora",
     "export_lora",
+    "exported_file",
     "import_lora",
     "inspect_lora",
     "open_lora",

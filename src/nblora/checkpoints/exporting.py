@@ -107,8 +107,18 @@ def export_lora(
             tensors.update((PEFT_PREFIX + key, value) for key, value in adapter.others.items())
             _lora_config(config, rank).save_pretrained(folder)
         contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(contiguous, folder / names.file_name, metadata=metadata)
+        save_file(contiguous, exported_file(folder, layout), metadata=metadata)
     return Path(out_dir)
+
+
+def exported_file(out_dir: PathLike, layout: Layout) -> Path:
+    """The weights that `export_lora` writes."""
+    names: dict[Layout, str] = {
+        "peft": SAFETENSORS_WEIGHTS_NAME,
+        "diffusers": DIFFUSERS_WEIGHTS_NAME,
+        "kohya": KOHYA_WEIGHTS_NAME,
+    }
+    return Path(out_dir) / names[layout]
 
 
 def _noted(adapter: Adapter, names: _PeftNames | _FileNames) -> dict[str, Any]:
@@ -122,8 +132,6 @@ def _noted(adapter: Adapter, names: _PeftNames | _FileNames) -> dict[str, Any]:
 
 class _PeftNames:
     """Names and shapes of PEFT's layout."""
-
-    file_name = SAFETENSORS_WEIGHTS_NAME
 
     def noted(self, name: str) -> str:
         return name
@@ -144,7 +152,6 @@ class _FileNames:
     def __init__(self, layout: Layout, component: str) -> None:
         self.layout = layout
         self.component = component
-        self.file_name = DIFFUSERS_WEIGHTS_NAME if layout == "diffusers" else KOHYA_WEIGHTS_NAME
         if layout == "kohya" and component not in _KOHYA_PREFIXES:
             raise ValueError(
                 f"component must be one of {', '.join(_KOHYA_PREFIXES)} in kohya's layout, "

@@ -1,0 +1,56 @@
+"""A figure of what is in LoRA files, with matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nblora.checkpoints.inspection import Inspection
+from nblora.checkpoints.storage import AdapterError, PathLike, atomic_file, one_line
+
+_MOST = 20  # layers with a bar of their own
+
+
+def plot_spectra(inspections: Sequence[Inspection], file: PathLike) -> None:
+    """Draw the spectra of all layers, and the most dangerous layers, of each inspected LoRA.
+
+    Args:
+        inspections: one row of panels for each.
+        file: to write, as PNG, PDF or SVG by its suffix.
+
+    Raises:
+        AdapterError: if it cannot be written, or its suffix is another.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    suffix = Path(file).suffix.removeprefix(".").lower()
+    if suffix not in ("png", "pdf", "svg"):
+        raise AdapterError(f"a plot must be a .png, .pdf or .svg file, got {file}")
+    figure = Figure(figsize=(12, 5 * len(inspections)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for (curves, bars), inspection in zip(
+        figure.subplots(len(inspections), 2, squeeze=False), inspections, strict=True
+    ):
+        for layer in reversed(inspection.layers):  # the most dangerous on top
+            most = layer is inspection.layers[0]
+            curves.plot(
+                range(1, len(layer.singular_values) + 1),
+                [max(value, 1e-12) for value in layer.singular_values],
+                color="#c44e52" if most else "#2a6fbb",
+                alpha=1.0 if most else 0.35,
+                marker=".",
+                label=layer.name if most else None,
+            )
+        curves.set(title=inspection.source, xlabel="number", ylabel="singular value", yscale="log")
+        curves.legend(loc="upper right")
+        first = inspection.layers[:_MOST][::-1]
+        bars.barh([layer.name for layer in first], [layer.danger for layer in first], color="#2a6fbb")
+        bars.tick_params(axis="y", labelsize=7)
+        what = "spectral norm / that of the base weight" if inspection.relative else "spectral norm"
+        bars.set(title="most dangerous layers", xlabel=what)
+    try:
+        with atomic_file(file) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=110)
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be written: {one_line(error)}") from error
