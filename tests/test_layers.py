@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from conftest import tokens
-from nblora import NBLoraConfig, certify
+from nblora import NBLoraConfig, certify, export_lora
+from nblora.checkpoints import AdapterError
 from nblora.tuner import nblora_layers
 
 
@@ -280,6 +281,34 @@ def test_half_precision(kind: Kind) -> None:
             assert parameter.grad is not None, name
 
 
+AS_LORA = [n for n in KINDS if not any(word in n for word in ("dilated", "groups", "depthwise"))]
+
+
+@pytest.mark.parametrize("name", AS_LORA)
+@pytest.mark.parametrize("saved", [True, False])
+def test_exported_it_is_the_same_in_plain_peft(name: str, saved: bool, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    model, x = adapted(kind, init_weights=False), kind.inputs()
+    source: Any = model
+    if saved:
+        source = tmp_path / "nblora"
+        model.save_pretrained(source)
+    export_lora(source, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(base_of(kind), tmp_path / "lora").eval()
+    assert isinstance(lora.peft_config["default"], LoraConfig)
+    torch.testing.assert_close(out(lora, x), out(model, x), atol=1e-5, rtol=1e-5)
+    assert certify(tmp_path / "lora").holds
+
+
+@pytest.mark.parametrize("name", sorted(set(KINDS) - set(AS_LORA)))
+def test_convolutions_that_lora_would_compute_otherwise_are_not_exported(name: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        AdapterError, match=r"convolution to export must have groups=1, .* got '.*layer': merge"
+    ):
+        export_lora(adapted(KINDS[name]), tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 @mixable
 def test_an_adapter_for_each_sample(kind: Kind) -> None:
     model, x = adapted(kind, init_weights=False), kind.inputs()
@@ -408,6 +437,16 @@ def test_attention(build: type[nn.Module], target: str, tmp_path: Path) -> None:
     merged = model.merge_and_unload()
     torch.testing.assert_close(out(merged, x), out(expected, x), atol=2e-6, rtol=1e-5)
     assert merged.state_dict().keys() == base.state_dict().keys()
+
+
+def test_attention_is_not_exported(tmp_path: Path) -> None:
+    model = get_peft_model(Encoder(), NBLoraConfig(target_modules=["self_attn"]))
+    model.save_pretrained(tmp_path / "saved")
+    for source in (model, tmp_path / "saved"):
+        with pytest.raises(
+            AdapterError, match=r"cannot be exported, .* got 'layers.layers.0.self_attn': merge"
+        ):
+            export_lora(source, tmp_path / "lora")
 
 
 def test_attention_that_cannot_be_adapted() -> None:

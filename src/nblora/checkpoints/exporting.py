@@ -20,7 +20,7 @@ from nblora.checkpoints.layouts import LAYOUTS, PEFT_PREFIX, Layout
 from nblora.checkpoints.lora import DIFFUSERS_WEIGHTS_NAME
 from nblora.checkpoints.storage import AdapterError, PathLike, atomic_folder
 from nblora.lowrank import LowRank
-from nblora.tuner import NBLoraConfig
+from nblora.tuner import NBLoraConfig, NBLoraConv, nblora_layers
 
 KOHYA_WEIGHTS_NAME = "lora.safetensors"
 _KOHYA_PREFIXES = {
@@ -80,6 +80,7 @@ def export_lora(
     config = adapter.config
     if not isinstance(config, NBLoraConfig):
         raise AdapterError("the adapter to export must be NB-LoRA, got a plain LoRA")
+    _check_convertible(source, adapter_name, adapter)
     names: _PeftNames | _FileNames
     if layout == "peft":
         names = _PeftNames()
@@ -109,6 +110,23 @@ def export_lora(
         contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(contiguous, exported_file(folder, layout), metadata=metadata)
     return Path(out_dir)
+
+
+def _check_convertible(source: nn.Module | PathLike, adapter_name: str, adapter: Adapter) -> None:
+    """Refuse layers that PEFT's LoRA would compute otherwise, as far as the source tells them."""
+    if isinstance(source, nn.Module):
+        for name, layer in nblora_layers(source, adapter_name).items():
+            if isinstance(layer, NBLoraConv) and not layer.supports_lora_conversion(adapter_name):
+                raise AdapterError(
+                    "a convolution to export must have groups=1, dilation=1 and be padded with zeros, for "
+                    f"PEFT's LoRA has no other, got {name!r}: merge it instead"
+                )
+    for name in adapter.layers:
+        if name.endswith(".base_layer.out_proj"):
+            raise AdapterError(
+                "nn.MultiheadAttention cannot be exported, for PEFT's LoRA applies the update of its output "
+                f"projection twice, got {name.removesuffix('.base_layer.out_proj')!r}: merge it instead"
+            )
 
 
 def exported_file(out_dir: PathLike, layout: Layout) -> Path:

@@ -97,6 +97,10 @@ class NBLoraMultiheadAttention(NBLoraLayer):
         }
         return torch.func.functional_call(base, weights, (query, *args), kwargs)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's LoRA applies the update of the output projection twice (0.21.2)."""
+        return False
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:

@@ -49,5 +49,6 @@ class NBLoraConv(NBLoraLayer):
         return convolve(hidden, out, groups=base.groups)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's LoRA has other convolutions where there are groups, dilation or another padding mode."""
         base: Any = self.get_base_layer()
-        return bool(base.groups == 1)
+        return base.groups == 1 and base.padding_mode == "zeros" and set(base.dilation) == {1}
