@@ -2,8 +2,9 @@
 
 The demo's task (nblora.demo): a small vision transformer, pretrained on upright digits, learns rotated
 ones with plain LoRA at several learning rates. Every trained LoRA is then clipped with `clip_lora` at
-several bounds and loaded again with PEFT. Prints a table of target and source accuracy, writes
-results/clip.json. No training happens after clipping.
+several bounds and loaded again with PEFT; no training happens after that. And every one becomes NB-LoRA
+with `import_lora`, at the demo's bound, and is trained for two epochs more. Prints a table of target and
+source accuracy, writes results/clip.json.
 
     python benchmarks/clip.py [--seeds 0 1 2]
 """
@@ -21,11 +22,13 @@ from peft import PeftModel
 from transformers import ViTForImageClassification
 from transformers.utils import logging
 
-from nblora import clip_lora, inspect_lora
-from nblora.demo import Recipe, _accuracy, _adapt, _cache_dir, _load_data, _pretrained
+from nblora import clip_lora, import_lora, inspect_lora
+from nblora.demo import Recipe, _accuracy, _adapt, _cache_dir, _load_data, _pretrained, _train
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 BOUNDS = (2.0, 1.0, 0.7, 0.5, 0.3, 0.15)
+EPOCHS = 2  # of training after an import, at IMPORTED_RATE
+IMPORTED_RATE = 3e-2
 NORMS = ("frobenius", "spectral")
 RESULTS = Path(__file__).parent / "results" / "clip.json"
 
@@ -53,6 +56,13 @@ def measure(seed: int) -> list[dict[str, Any]]:
             largest = inspect_lora(folder, base=base).layers[0].danger
             record = {"seed": seed, "learning_rate": rate, "largest": largest}
             records.append({**record, "norm": None, "bound": None, **accuracies(model)})
+            import_lora(folder, clipped, bound=recipe.bound, base=base)
+            imported = PeftModel.from_pretrained(
+                ViTForImageClassification.from_pretrained(base), clipped, is_trainable=True
+            )
+            records.append({**record, "norm": "imported", "bound": recipe.bound, **accuracies(imported)})
+            _train(imported, data.target, EPOCHS, IMPORTED_RATE, seed, lambda: None)
+            records.append({**record, "norm": "continued", "bound": recipe.bound, **accuracies(imported)})
             for norm in NORMS:
                 for bound in BOUNDS:
                     clip_lora(folder, clipped, norm=norm, bound=bound, bound_kind="relative", base=base)
@@ -79,6 +89,10 @@ def table(records: list[dict[str, Any]]) -> str:
             cells = [mean(learning_rate=rate, norm=norm, bound=bound) for bound in BOUNDS]
             whole = mean(learning_rate=rate, norm=None)
             lines.append(f"{rate:>13g} {whole:>11s} " + "".join(f"{cell:>11s}" for cell in cells))
+    lines.append(f"\nimported as NB-LoRA at {Recipe().bound} (Frobenius), and after {EPOCHS} epochs more")
+    for rate in LEARNING_RATES:
+        imported, continued = (mean(learning_rate=rate, norm=norm) for norm in ("imported", "continued"))
+        lines.append(f"{rate:>13g} {imported:>11s} {continued:>10s}")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -52,3 +52,30 @@ def change_config(folder: Path, **values: Any) -> None:
 def product(up: Tensor, down: Tensor) -> Tensor:
     """B A in float64, as (m, n) with the inputs counted over the kernel of a convolution."""
     return up.double().flatten(1) @ down.double().flatten(1)
+
+
+class Everything(nn.Module):
+    """One layer of every kind that a LoRA adapts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 6)
+        self.conv = nn.Conv1d(6, 8, 3, padding=1)
+        self.experts = Experts()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv(self.embed(x).mT).mT
+        return self.head(self.experts(hidden))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 10, 8) / 3)
+        self.down = nn.Parameter(torch.randn(3, 8, 10) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("blc,efc->blef", x, self.up).relu()
+        return torch.einsum("blef,ecf->blc", hidden, self.down)

@@ -20,6 +20,7 @@ from lora_samples import CONFIG, WEIGHTS, change_config, factors, peft_folder, p
 from nblora.bounds import parse_norm
 from nblora.checkpoints import AdapterError, clip_lora, spectra
 from nblora.checkpoints.spectra import clip_in_place, spectrum
+from nblora.demo import small_vit
 
 F64 = torch.finfo(torch.float64).eps
 
@@ -451,3 +452,17 @@ def test_memory_is_that_of_two_factors(tmp_path: Path) -> None:
     )
     assert finished.returncode == 0, finished.stderr
     assert 0.9 * pair < int(finished.stdout) < 1.5 * pair
+
+
+def test_a_transformers_folder_whose_files_have_other_names(tmp_path: Path) -> None:
+    """The weights of a ViT are saved under names that its modules do not have."""
+    base = small_vit()
+    base.save_pretrained(tmp_path / "base")
+    name = "vit.layers.1.attention.k_proj"
+    weight = base.get_submodule(name).weight.detach()
+    assert f"{name}.weight" not in load_file(tmp_path / "base" / "model.safetensors")
+    peft_folder(tmp_path / "lora", {name: factors(64, 64, 2, 50.0)}, r=2, lora_alpha=2)
+    report = clip_lora(
+        tmp_path / "lora", tmp_path / "out", bound=0.5, bound_kind="relative", base=tmp_path / "base"
+    )
+    assert report.layers[0].bound == pytest.approx(0.5 * torch.linalg.matrix_norm(weight, 2).item(), rel=1e-5)

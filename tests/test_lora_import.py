@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from conftest import tiny_gpt2, tiny_llama, tokens
+from lora_samples import Everything
 from nblora import certify, import_lora
 from nblora.bounds import parse_norm, spectral_norm
 
@@ -29,33 +30,6 @@ def out(model: nn.Module, x: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         y = model(tokens() if x is None else x)
     return getattr(y, "logits", y)
-
-
-class Everything(nn.Module):
-    """One layer of every kind that a LoRA adapts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(11, 6)
-        self.conv = nn.Conv1d(6, 8, 3, padding=1)
-        self.experts = Experts()
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv(self.embed(x).mT).mT
-        return self.head(self.experts(hidden))
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 10, 8) / 3)
-        self.down = nn.Parameter(torch.randn(3, 8, 10) / 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.einsum("blc,efc->blef", x, self.up).relu()
-        return torch.einsum("blef,ecf->blc", hidden, self.down)
 
 
 def everything_lora(**options: Any) -> PeftModel:

@@ -195,7 +195,9 @@ def _bounded_layer(
     method = Method.of(config)
     needed = {"in", "out", "radius"}
     needed |= {"angle"} if config.parametrization == "svd" else set()
-    needed |= {"scale"} if method.norm.learnable else set()
+    single = "out" in part and part["out"].ndim > 1 and part["out"].shape[-2] == 1
+    if method.norm.learnable and (not single or "scale" in part):  # older adapters of rank 1 have it too
+        needed.add("scale")
     if part.keys() != needed:
         raise AdapterError(f"layer {name!r} must have the tensors {sorted(needed)}, got {sorted(part)}")
     shapes = {key: tuple(tensor.shape) for key, tensor in part.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from nblora.bounds import spectral_norm
-from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile
+from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile, one_line, read_json
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class Place:
 class BaseWeights:
     """The weights that a LoRA is added to, from a model or from its files, read one at a time.
 
+    transformers may give the weights in a file other names than the modules of its model have. Then the
+    model of a folder is loaded after all.
+
     Args:
         base: a model; a safetensors file; or a folder with safetensors files, or with such folders named
             after the components of a pipeline.
@@ -74,12 +77,11 @@ class BaseWeights:
 
     def __init__(self, base: nn.Module | PathLike, component: str | None = None) -> None:
         self.tensors: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
-        self.in_order = isinstance(base, nn.Module)  # a file is in another order than its modules
+        self.in_order = False
+        self.loadable: Path | None = None
         if isinstance(base, nn.Module):
             self.source = type(base).__name__
-            for name, parameter in base.named_parameters(remove_duplicate=False):
-                name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-                self.tensors[name] = (tuple(parameter.shape), parameter.detach)
+            self._use(base)
             return
         path = Path(base)
         if component is not None and (path / component).is_dir():
@@ -93,6 +95,31 @@ class BaseWeights:
         for tensors in map(TensorFile, files):
             for key, entry in tensors.entries.items():
                 self.tensors[key] = (entry.shape, partial(tensors.read, key))
+        if (path / "config.json").is_file():
+            self.loadable = path
+
+    def _use(self, model: nn.Module) -> None:
+        self.in_order = True  # which the tensors in a file are not
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            self.tensors[name] = (tuple(parameter.shape), parameter.detach)
+
+    def _load(self) -> bool:
+        """Whether a folder has a transformers model; its parameters are there then."""
+        folder, self.loadable = self.loadable, None
+        if folder is None:
+            return False
+        import transformers
+
+        name = (read_json(folder / "config.json", "a model's configuration").get("architectures") or [""])[0]
+        model_class = getattr(transformers, str(name), None)
+        if model_class is None:
+            return False
+        try:
+            self._use(model_class.from_pretrained(folder, dtype="auto"))
+        except Exception as error:  # whatever a model's code raises
+            raise AdapterError(f"{folder} must be a model that loads: {one_line(error)}") from error
+        return True
 
     def module_name(self, place: Place) -> str:
         """The name of a layer's module in the base, also where the layout flattens names."""
@@ -128,6 +155,8 @@ class BaseWeights:
             exact = exact[::-1][place.depth : place.depth + 1]
         fitting = [key for key in exact or found if place.fits(self.tensors[key][0])]
         if len(fitting) != 1:
+            if self._load():
+                return self._weights(place)
             seen = [f"{key} {self.tensors[key][0]}" for key in exact or found]
             raise AdapterError(
                 f"{self.source} must have one weight of shape {place.shape} for layer {place.name!r} of "

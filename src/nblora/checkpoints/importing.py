@@ -79,7 +79,10 @@ def import_lora(
     file = _of_component(open_lora(source), component)
     ranks = Counter(layer.rank for layer in file.layers)
     r = ranks.most_common(1)[0][0]
-    weights = None if base is None else BaseWeights(base, file.layers[0].component)
+    radii = Radii(file, bound, bound_kind, base)
+    weights = radii.bases.get(file.layers[0].component)
+    if weights is None and base is not None:
+        weights = BaseWeights(base, file.layers[0].component)
     names = _module_names(file, weights)
     config = NBLoraConfig(
         r=r,
@@ -95,7 +98,6 @@ def import_lora(
     )
     config.inference_mode = True
     method = Method.of(config)
-    radii = Radii(file, bound, bound_kind, base)
     tensors: dict[str, Tensor] = {}
     cuts: list[Cut] = []
     for index, (name, layer) in enumerate(zip(names, file.layers)):

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -182,7 +182,7 @@ def find_file(source: PathLike, file_name: str) -> Path:
         ) from error
 
 
-def read_json(file: Path, rule: str) -> dict[str, object]:
+def read_json(file: Path, rule: str) -> dict[str, Any]:
     """A JSON object from a file.
 
     Args:
