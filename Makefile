@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
 
-.PHONY: help setup chromium demo test test-all check format bench-speed bench-forgetting bench-forgetting-quick clean
+.PHONY: help setup chromium demo test test-all conformance check format bench-speed bench-forgetting bench-forgetting-quick clean
 
 help:
 	@echo "make demo         adapt a small vision transformer to rotated digits, LoRA against NB-LoRA"
 	@echo "make test         the tests"
-	@echo "make test-all     the tests and the slow ones"
+	@echo "make test-all     the tests, the slow ones and PEFT's own"
+	@echo "make conformance  PEFT's own tests with NB-LoRA in place of its methods; PEFT=0.21.0 or PEFT=newest"
 	@echo "make chromium     a browser for the tests of the reports (Debian, as root)"
 	@echo "make check        formatting, lint and types"
 	@echo "make format       format the code"
@@ -42,8 +43,11 @@ demo: $(READY)
 test: $(READY) chromium
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-test-all: $(READY) chromium
+test-all: $(READY) chromium conformance
 	$(BIN)/python -m pytest -n auto
+
+conformance: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m conformance $(if $(PEFT),--peft $(PEFT))
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -64,4 +68,4 @@ bench-forgetting: $(READY)
 	$(BIN)/python benchmarks/forgetting.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis nblora-demo
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis nblora-demo tests/conformance/cache

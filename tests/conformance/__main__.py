@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import hashlib
 import importlib.metadata
 import json
@@ -55,7 +56,7 @@ def run_matrix(
         **os.environ,
         **matrix.environment,
         ORDER_VARIABLE: order.to_json(),
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -97,10 +98,11 @@ def stale(results: dict[str, Outcomes]) -> list[str]:
     """Skips that excuse nothing in the matrices that were run."""
     found = []
     for skip in SKIPS:
+        file = skip.pattern.split("::")[0]
         concerned = [
             outcomes
             for name, outcomes in results.items()
-            if MATRICES[name].method in skip.methods and skip.pattern.split("::")[0] in MATRICES[name].least
+            if MATRICES[name].method in skip.methods and fnmatch.filter(MATRICES[name].least, file)
         ]
         excused = any(
             outcome == "xfailed" and matching(test, [skip.pattern])
@@ -114,16 +116,13 @@ def stale(results: dict[str, Outcomes]) -> list[str]:
 
 def table(results: dict[str, Outcomes]) -> str:
     """How many tests of each file passed, and what of the others."""
-    columns = ("passed", "xfailed", "skipped", "failed")
-    lines = [
-        f"{'matrix':8} {'file':36} {'passed':>7} {'expected to fail':>17} {'not for us':>11} {'failed':>7}"
-    ]
+    row = "{:10} {:34} {:>7} {:>14} {:>11} {:>7}"
+    lines = [row.format("matrix", "file", "passed", "known to fail", "not for us", "failed")]
     for name, outcomes in results.items():
         for file in MATRICES[name].least:
             count = Counter(outcome for test, (outcome, _) in outcomes.items() if test.startswith(file))
-            count["failed"] += count["xpassed"]
-            numbers = [count[column] for column in columns]
-            lines.append(f"{name:8} {file:36} {numbers[0]:7} {numbers[1]:17} {numbers[2]:11} {numbers[3]:7}")
+            failed = count["failed"] + count["xpassed"]
+            lines.append(row.format(name, file, count["passed"], count["xfailed"], count["skipped"], failed))
     return "\n".join(lines)
 
 

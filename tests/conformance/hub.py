@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REVISION = hashlib.sha1(b"made from a configuration").hexdigest()
+COMMIT = hashlib.sha1(b"made from a configuration").hexdigest()
 VOCABULARY = 1024  # at least 256 bytes and some of the ids that tests write out
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<mask>")
 IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -301,6 +301,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": _decoder(
         "LlamaForSequenceClassification", "LlamaConfig"
     ),
+    "google/flan-t5-small": _t5(),
     "peft-internal-testing/tiny-random-t5": _t5(),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration": _t5(),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": _t5(),
@@ -324,18 +325,33 @@ MODELS: dict[str, Callable[[Path], None]] = {
 }
 
 
+# adapters, which there are LoRA's: name, revision
+ADAPTERS = {("peft-internal-testing/tiny-opt-lora-revision", "test")}
+
+
+def _adapter(folder: Path) -> None:
+    from nblora import NBLoraConfig
+
+    NBLoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM").save_pretrained(folder)
+
+
 def make(home: Path) -> None:
     """Write every model that is not there yet into HF_HOME `home`."""
-    for name, write in MODELS.items():
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    recipes = {(name, "main"): write for name, write in MODELS.items()}
+    for (name, revision), write in (recipes | dict.fromkeys(ADAPTERS, _adapter)).items():
         repository = home / "hub" / f"models--{name.replace('/', '--')}"
-        if (repository / "refs" / "main").exists():
+        if (repository / "refs" / revision).exists():
             continue
-        snapshot = repository / "snapshots" / REVISION
+        snapshot = repository / "snapshots" / COMMIT
         shutil.rmtree(repository, ignore_errors=True)
         snapshot.mkdir(parents=True)
         write(snapshot)
         (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text(REVISION, encoding="utf-8")
+        (repository / "refs" / revision).write_text(COMMIT, encoding="utf-8")
 
 
 def load_dataset(name: str, *args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Classes that stand in for PEFT's DeloraConfig, LoraConfig or LoKrConfig and make an NBLoraConfig when called."""
+"""What stands in for another method in PEFT's tests: classes that make an NBLoraConfig, and names."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ LAYERS = (
 # makes it move as far as PEFT's tests of training expect.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "delora": {},
-    "lora": {"norm": "spectral", "bound": 1.0},
-    "lokr": {"bound": 1.0},
+    "lora": {"norm": "spectral", "bound": 3.0},
+    "lokr": {"bound": 10.0},
 }
 
 
@@ -82,7 +82,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # classes, and of sizes too small for a rank of 8
 NAMES_IN_TESTS: dict[str, tuple[tuple[str, str], ...]] = {
     "delora": (),
-    "lokr": (),
+    "lokr": (
+        (r'"\.lokr"', '".nblora"'),
+        (r'rsplit\("\.", 2\)(?=\[0\] for k in lokr)', 'rsplit(".", 3)'),
+    ),
     "lora": (
         (r"\blora_embedding_A\b", "nblora_embedding_in"),
         (r"\blora_embedding_B\b", "nblora_embedding_out"),
@@ -90,10 +93,11 @@ NAMES_IN_TESTS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\blora_B\b", "nblora_out"),
         (r"(\.nblora_embedding_(?:in|out)\.\w+)(?=[\"'])", r"\1.weight"),
         (r'"LoraModel"', '"NBLoraModel"'),
-        (r'"LORA"', '"NBLORA"'),
+        (r'(?<!peft_type\.value == )"LORA"', '"NBLORA"'),
         (r'"lora\.(Linear|Embedding)\b', r'"nblora.NBLora\1'),
         (r'"lora\.Conv[123]d\b', '"nblora.NBLoraConv'),
         (r'"lora\.ParamWrapper\b', '"nblora.ParamWrapper'),
+        (r'"lora\.MultiheadAttention\b', '"nblora.NBLoraMultiheadAttention'),
         (r"peft\.tuners\.lora\.layer\.Embedding", "nblora.tuner.embedding.NBLoraEmbedding"),
         (r"nn\.Linear\(1, 1\)", "nn.Linear(64, 64)"),
     ),
@@ -133,14 +137,12 @@ class _StandInType(type(NBLoraConfig)):  # type: ignore[misc]
 
     method: str
     no_counterpart: Callable[[NoCounterpartError], Any]
-    made = 0  # over all stand-ins: how many NBLoraConfigs
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         try:
             ours = translated(cls.method, options)
         except NoCounterpartError as error:
             return cls.no_counterpart(error) or ORIGINALS[cls.method](*args, **options)
-        _StandInType.made += 1
         return NBLoraConfig(*args, **ours)
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -175,11 +177,6 @@ def renamed(source: str, method: str) -> str:
     for pattern, name in NAMES_IN_TESTS[method]:
         source = re.sub(pattern, name, source)
     return source
-
-
-def configurations_made() -> int:
-    """How many NBLoraConfigs stand-ins have made so far."""
-    return _StandInType.made
 
 
 def holds(values: Iterable[Any], wanted: Callable[[Any], bool]) -> bool:
