@@ -28,6 +28,10 @@ class Norm(ABC):
     learnable: ClassVar[bool]
     """Whether the bounds s_j depend on logits that training moves."""
 
+    def learns(self, rank: int) -> bool:
+        """Whether there is anything to learn: the bound of a single singular value is the radius."""
+        return self.learnable and rank > 1
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -42,7 +46,7 @@ class Norm(ABC):
         """Explicit bounds s (..., rank) with value(s) <= radius (...,).
 
         Args:
-            logits: (..., rank), any real values; ignored (and may be None) unless `learnable`.
+            logits: (..., rank), any real values; ignored (and may be None) unless `learns(rank)`.
             radius: (...,) the radius of the ball, >= 0.
             rank: number of singular values.
             temperature: eta > 0; the larger, the slower bounds move with the logits.
@@ -53,12 +57,12 @@ class Norm(ABC):
         """The nearest spectrum (..., k), in Euclidean distance, whose norm is at most radius (...,)."""
 
     def logits_containing(self, spectrum: Tensor, radius: Tensor, temperature: float = 1.0) -> Tensor | None:
-        """Logits (..., k) whose bounds contain a spectrum of norm <= radius; None unless `learnable`.
+        """Logits (..., k) whose bounds contain a spectrum of norm <= radius; None unless `learns(k)`.
 
         What the spectrum leaves of the radius is spread evenly: s = spectrum + t with value(s) =
         radius, so that singular values that are zero can grow.
         """
-        if not self.learnable:
+        if not self.learns(spectrum.shape[-1]):
             return None
         unit = spectrum / _safe(radius)[..., None]
         low = torch.zeros_like(radius)
@@ -119,7 +123,7 @@ class Schatten(Norm):
         return largest[..., 0] * (shares**self.p).sum(-1) ** (1 / self.p)
 
     def scales(self, logits: Tensor | None, radius: Tensor, rank: int, temperature: float = 1.0) -> Tensor:
-        logits = _required(logits, self)
+        logits = _required(logits, self, radius, rank)
         # not softmax ** (1 / p), whose gradient is NaN where the softmax underflows
         return radius[..., None] * (torch.log_softmax(logits / temperature, -1) / self.p).exp()
 
@@ -171,7 +175,7 @@ class _GaugeScaled(Norm):
     learnable: ClassVar[bool] = True
 
     def scales(self, logits: Tensor | None, radius: Tensor, rank: int, temperature: float = 1.0) -> Tensor:
-        logits = _required(logits, self) / temperature
+        logits = _required(logits, self, radius, rank) / temperature
         # value(c u) = c value(u): shifting the logits changes nothing but keeps exp() finite
         u = (logits - logits.amax(-1, keepdim=True).detach()).exp()
         return radius[..., None] * u / self.value(u)[..., None]
@@ -369,7 +373,9 @@ def _safe(divisor: Tensor) -> Tensor:
     return torch.where(divisor > 0, divisor, 1.0)
 
 
-def _required(logits: Tensor | None, norm: Norm) -> Tensor:
+def _required(logits: Tensor | None, norm: Norm, radius: Tensor, rank: int) -> Tensor:
+    if logits is None and rank == 1:
+        return torch.zeros_like(radius)[..., None]
     if logits is None:
         raise ValueError(f"the {norm.name} norm has learnable bounds and needs logits, got None")
     return logits

@@ -33,7 +33,7 @@ class FreeParameters:
         out: (..., k, m) output side.
         into: (..., k, n) input side.
         angle: (..., k) in the svd parametrization, in units of 1/sqrt(m) radians, else None.
-        logits: (..., k) where the norm has learnable bounds, else None.
+        logits: (..., k) where the norm has learnable bounds and k > 1, else None.
     """
 
     out: Tensor
@@ -263,7 +263,7 @@ def _random(
         for size in (m, n)
     )
     free = _from_frames(u, ratio, v, parametrization)
-    return replace(free, logits=torch.zeros_like(ratio)) if norm.learnable else free
+    return replace(free, logits=torch.zeros_like(ratio)) if norm.learns(k) else free
 
 
 def _from_frames(u: Tensor, ratio: Tensor, v: Tensor, parametrization: Parametrization) -> FreeParameters:
