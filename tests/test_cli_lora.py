@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from conftest import TwoLayers
 from lora_samples import CONFIG, WEIGHTS, change_config, factors, peft_folder
 from nblora import NBLoraConfig, certify, clip_lora, inspect_lora
 from nblora.cli import app
+from nblora.demo import small_vit
 
 
 def run(*arguments: object) -> Result:
@@ -206,3 +208,19 @@ def test_other_mistakes(broken: Path, lora: Path, adapter: Path) -> None:
     one_line(run("export", adapter, target, "--rank", 0), "rank must be an integer >= 1, got rank=0")
     one_line(run("export", adapter, target, "--rank", 1), "rank must be at least the rank of every update")
     one_line(run("inspect", lora, "--plot", broken / "plot.doc"), "a plot must be a .png, .pdf or .svg file")
+
+
+def test_the_commands_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "lora-files.md").read_text(encoding="utf-8")
+    commands = [line for line in text.splitlines() if line.startswith("nblora ")]
+    assert [command.split()[1] for command in commands] == ["inspect", "clip", "import", "export"]
+    monkeypatch.chdir(tmp_path)
+    small_vit().save_pretrained("model")
+    name = "vit.layers.1.attention.k_proj"
+    peft_folder(Path("lora"), {name: factors(64, 64, 2, 50.0)}, r=2, lora_alpha=2)
+    for command in commands:
+        result = run(*shlex.split(command, comments=True)[1:])
+        assert result.exit_code == 0, result.output
+    assert inspect_lora("clipped", base="model").layers[0].frobenius > 0
+    assert certify("adapter").holds
+    assert certify("exported").holds
