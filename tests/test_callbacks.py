@@ -765,7 +765,7 @@ def full(model: nn.Module, share: float) -> nn.Module:
             layer.nblora_out["default"].weight.copy_(free.out)
             layer.nblora_in["default"].weight.copy_(free.into)
             if free.logits is not None:
-                layer.nblora_scale["default"].weight.copy_(free.logits)
+                layer.nblora_scale["default"].weight.copy_(free.logits[:, None])
     return model
 
 

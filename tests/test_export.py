@@ -68,7 +68,8 @@ def to_the_boundary(model: nn.Module) -> None:
                 (free.out, free.into, free.angle, free.logits),
             ):
                 if value is not None:
-                    target["default"].weight.copy_(value)
+                    weight = target["default"].weight
+                    weight.copy_(value.view_as(weight))
 
 
 def written_updates(folder: Path) -> dict[str, Tensor]:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import nblora.tuner
 from conftest import TwoLayers, tiny_gpt2, tiny_llama, tokens
-from nblora import NBLoraConfig, NBLoraModel, RunawayWarning, export_lora
+from nblora import NBLoraConfig, NBLoraModel, RunawayWarning, certify, export_lora
 from nblora.cayley import tall_cayley
 from nblora.tuner import NBLoraLayer, NBLoraType, nblora_layers
 
@@ -921,14 +922,36 @@ def test_the_temperature_of_the_configuration_reaches_the_layer(temperature: flo
     """With unequal logits, bounds depend on it; with the formula of MATH.md §4."""
     config = NBLoraConfig(r=4, temperature=temperature, init_weights=False, target_modules=["first"])
     layer = get_peft_model(TwoLayers(), config).base_model.model.first
-    logits = layer.nblora_scale["default"].weight
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
     with torch.no_grad():
-        logits.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+        layer.nblora_scale["default"].weight.copy_(logits[:, None])
     expected = layer.radius("default") * torch.softmax(logits / temperature, -1).sqrt()
     free = layer.free_parameters("default")
     columns = torch.cat([free.into, free.out], dim=-1).mT
     outer = tall_cayley(columns)[12:]
     torch.testing.assert_close(layer.low_rank_update("default").left, 2 * outer * expected)
+
+
+def test_no_parameter_is_a_vector_and_checkpoints_that_had_vectors_load(tmp_path: Path) -> None:
+    """LoRA+ and others take vectors for biases."""
+    model, x = plain(parametrization="svd", init_weights=False), plain_inputs()
+    assert all(p.ndim >= 2 for name, p in model.named_parameters() if ".nblora_" in name)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    old = {
+        name: tensor[..., 0] if "_angle." in name or "_scale." in name else tensor
+        for name, tensor in load_file(file).items()
+    }
+    assert {
+        tuple(old[f"base_model.model.first.nblora_{part}.weight"].shape) for part in ("angle", "scale")
+    } == {(3,)}
+    certificate = certify(tmp_path)
+    save_file(old, file, metadata={"format": "pt"})
+    assert certify(tmp_path) == certificate
+    for lean in (False, True):
+        base = copy.deepcopy(model).unload()
+        loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=lean).eval()
+        assert torch.equal(out(loaded, x), out(model, x))
 
 
 @pytest.mark.parametrize("parametrization", ["joint", "svd"])

@@ -200,6 +200,9 @@ def _bounded_layer(
         needed.add("scale")
     if part.keys() != needed:
         raise AdapterError(f"layer {name!r} must have the tensors {sorted(needed)}, got {sorted(part)}")
+    # stored as columns (k, 1), by older versions as vectors (k,)
+    columns = {key for key in part.keys() & {"angle", "scale"} if part[key].ndim == part["out"].ndim}
+    part = {key: tensor.squeeze(-1) if key in columns else tensor for key, tensor in part.items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in part.items()}
     batch = shapes["radius"]  # () or (E,) for experts
     into, out = shapes["in"][len(batch) :], shapes["out"][len(batch) :]
@@ -217,7 +220,7 @@ def _bounded_layer(
     ):
         raise AdapterError(
             f"layer {name!r} must have floating-point tensors in (k, n) or (k, n, *kernel), out (k, m), "
-            "radius () and angle and scale (k,) where there are any, with k <= min(m, n), all of them with "
+            "radius () and angle and scale (k, 1) where there are any, with k <= min(m, n), all of them with "
             f"the number of experts in front for experts, got {shapes}"
         )
     free = FreeParameters(

@@ -16,7 +16,13 @@ from nblora.bounds import spectral_norm
 from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters, effective_rank, random_start, zero_start
 from nblora.tuner.config import NBLoraConfig
-from nblora.tuner.quantized import keep, quantization_backend, unpack
+from nblora.tuner.quantized import (
+    is_packed,
+    keep,
+    put_scales_right,
+    quantization_backend,
+    weight_by_its_action,
+)
 from nblora.tuner.weights import Factors, FreeWeight, Method, Radius, readable
 
 
@@ -227,8 +233,9 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         return {
             self.in_name: free.into.reshape(self._in_shape(free.rank)),
             self.out_name: free.out,
-            "nblora_angle": free.angle,
-            "nblora_scale": free.logits,
+            # not vectors: LoRA+ and others take those for biases
+            "nblora_angle": None if free.angle is None else free.angle[..., None],
+            "nblora_scale": None if free.logits is None else free.logits[..., None],
         }
 
     def _move_adapter_to_device_of_base_layer(
@@ -277,8 +284,15 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
 
     def get_base_weight(self) -> Tensor:
         """The base weight, dequantized where it is quantized."""
-        unpack(self.get_base_layer())
-        weight: Tensor = BaseTunerLayer.get_base_weight(self)
+        base = self.get_base_layer()
+        put_scales_right(base)
+        weight: Tensor
+        if is_packed(base):  # Note [4-bit weights on a CPU]
+            weight = weight_by_its_action(
+                base, self.in_features, *self._get_base_layer_device_and_dtype(base)
+            )
+        else:
+            weight = BaseTunerLayer.get_base_weight(self)
         return weight
 
     def _measurable_weight(self) -> Tensor:
@@ -301,15 +315,21 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         """
         if not self.has_adapter(adapter_name):
             raise ValueError(f"the adapter must be one of {sorted(self.method)}, got {adapter_name!r}")
-        angle, logits = self.nblora_angle, self.nblora_scale
         into = getattr(self, self.in_name)[adapter_name]()
         axis = len(self.batch_shape) + 1  # from here on, one row
         return FreeParameters(
             out=getattr(self, self.out_name)[adapter_name](),
             into=into.flatten(axis) if into.ndim > axis else into,
-            angle=angle[adapter_name]() if adapter_name in angle else None,
-            logits=logits[adapter_name]() if adapter_name in logits else None,
+            angle=self._column(self.nblora_angle, adapter_name),
+            logits=self._column(self.nblora_scale, adapter_name),
         )
+
+    @staticmethod
+    def _column(container: nn.ModuleDict, adapter_name: str) -> Tensor | None:
+        if adapter_name not in container:
+            return None
+        column: Tensor = container[adapter_name]()
+        return column.squeeze(-1) if column.ndim > 1 else column
 
     def radius(self, adapter_name: str) -> Tensor:
         """The absolute radius of an adapter's ball: 0-dimensional, or (E,) for E experts."""
@@ -515,6 +535,8 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.quantization_backend is not None:
+            put_scales_right(self.get_base_layer())
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result

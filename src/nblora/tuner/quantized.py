@@ -31,14 +31,27 @@ def _no_recipe() -> None:
     raise NotImplementedError
 
 
-def unpack(base_layer: nn.Module) -> None:
-    """Undo bitsandbytes' repacking of 4-bit weights for CPUs, which it does in the first forward.
+# Note [4-bit weights on a CPU]
+#
+# Where the CPU has bfloat16 instructions, the first forward of a bitsandbytes 4-bit layer in eval mode packs
+# its weight into another layout, from which it is dequantized to wrong numbers (bitsandbytes 0.50, so LoRA
+# merges into a wrong weight there). Its state_dict(), also when only an adapter is saved, packs it back, but
+# leaves the scales of blocks in the other order. So a packed weight is measured by its action, and scales
+# left in the wrong order are put right.
 
-    Without it the weight is dequantized to wrong numbers. The next forward packs it again.
-    """
+
+def is_packed(base_layer: nn.Module) -> bool:
+    """Whether a 4-bit weight is in the layout that can't be dequantized."""
     state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
-        base_layer.state_dict()  # unpacks in place: the public way to do it
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def put_scales_right(base_layer: nn.Module) -> None:
+    """Undo what saving does to the scales of a 4-bit weight that was packed."""
+    state: Any = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    scales = getattr(state, "absmax", None)
+    if scales is not None and scales.ndim == 2 and not is_packed(base_layer):
+        state.absmax = scales.T.reshape(-1).float()
 
 
 def keep(layer: Any) -> Callable[[], None]:
@@ -50,11 +63,13 @@ def keep(layer: Any) -> Callable[[], None]:
     if layer.quantization_backend.backend_name == "hqq":  # which replaces the whole layer
         return partial(setattr, layer, "base_layer", layer.base_layer)
     weight, state = base.weight, getattr(base, "state", None)
+    attributes = dict(getattr(weight, "__dict__", {}))  # PEFT writes into those of the old weight
     # of bitsandbytes' 8-bit layers
     scales = {name: getattr(state, name) for name in ("CB", "SCB") if hasattr(state, name)}
 
     def restore() -> None:
         del base.weight  # torchao does not let a weight be assigned over another
+        weight.__dict__.update(attributes)
         base.weight = weight
         for name, value in scales.items():
             setattr(state, name, value)

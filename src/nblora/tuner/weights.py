@@ -81,6 +81,13 @@ class FreeWeight(nn.Module):
             return whole
         return self.weight.clone()
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Also from checkpoints whose vectors are (k,), not (k, 1)."""
+        saved = state_dict.get(f"{prefix}weight")
+        if isinstance(saved, Tensor) and saved.shape == self.weight.shape[:-1]:
+            state_dict[f"{prefix}weight"] = saved[..., None]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}"
 
