@@ -620,12 +620,14 @@ def test_unmerging_is_bitwise_after_the_adapter_changed() -> None:
     assert changed(model, before) == 0
 
 
-def test_safe_merge_refuses_what_is_not_finite() -> None:
-    model = plain()
+@pytest.mark.parametrize("norm", ["spectral", "frobenius"])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_safe_merge_refuses_what_is_not_finite(norm: str, broken: float) -> None:
+    model = plain(norm=norm)
     scatter(model)
     before = weights(model)
     for layer in layers(model):
-        layer.nblora_in["default"].weight.data[0, 0] = torch.nan
+        layer.nblora_in["default"].weight.data[0, 0] = broken
     with pytest.raises(ValueError, match=r"must be finite, .* The adapter default seems"):
         model.merge_adapter(safe_merge=True)
     assert changed(model, before) == 0

@@ -426,7 +426,8 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         hold; the old one is kept for `unmerge`.
 
         Args:
-            safe_merge: Refuse to merge an update that would make the base weight NaN or infinite.
+            safe_merge: Refuse to merge an update that comes from NaN or infinity, or would make the base
+                weight so.
             adapter_names: Which adapters; the active ones without it.
 
         Raises:
@@ -448,7 +449,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
                 update = self.low_rank_update(adapter_name)
             delta = self._dense(update).to(weight.device)
             merged = (weight + delta).to(weight.dtype)
-            if safe_merge and not bool(merged.isfinite().all()):
+            if safe_merge and not self._is_finite(adapter_name, merged):
                 raise ValueError(
                     "the merged weight must be finite, got NaN or infinity: NaNs detected in the merged "
                     f"weights. The adapter {adapter_name} seems to be broken"
@@ -483,6 +484,13 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             restored = self._without(weight, self._dense(update).to(weight.device))
             restored.view(-1)[wrong.to(weight.device)] = values.to(weight)
             self.set_base_weight(restored)
+
+    @torch.no_grad()
+    def _is_finite(self, adapter_name: str, merged: Tensor) -> bool:
+        # infinite free parameters may stand for a finite update, but nobody means them to
+        free = self.free_parameters(adapter_name)
+        tensors = (merged, free.out, free.into, free.angle, free.logits)
+        return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
 
     @staticmethod
     def _without(merged: Tensor, delta: Tensor) -> Tensor:
