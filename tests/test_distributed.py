@@ -173,7 +173,6 @@ def test_two_processes_learn_what_one_learns(mode: str, dtype: torch.dtype, tmp_
     assert max(moves) > 0.1  # much more than the tolerance
 
 
-@pytest.mark.xfail(reason="PEFT 0.21 looks for the names of FSDP's wrappers in the state dict", strict=True)
 @pytest.mark.filterwarnings("ignore:FSDP.state_dict_type:FutureWarning")
 def test_an_adapter_saves_from_inside_fsdp(tmp_path: Path) -> None:
     def work(rank: int) -> None:

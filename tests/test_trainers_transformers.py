@@ -316,7 +316,6 @@ def test_lora_plus_does_not_mistake_a_factor_for_lora_b(parametrization: str) ->
     assert not groups["embedding"]
 
 
-@pytest.mark.xfail(reason="LoRA+ takes every vector for part of lora_B", strict=True)
 @pytest.mark.parametrize("parametrization", ["joint", "svd"])
 def test_lora_plus_leaves_vectors_at_the_learning_rate(parametrization: str) -> None:
     assert not plus_groups(adapted(parametrization=parametrization))["higher"]
