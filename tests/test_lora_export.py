@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conftest import tiny_llama, tokens
@@ -277,3 +277,43 @@ def test_there_and_back(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs the base model, or its files"):
         import_lora(tmp_path / "kohya", tmp_path / "x", bound=1.0, bound_kind="absolute")
     assert WEIGHTS in {path.name for path in (tmp_path / "kohya-ours").iterdir()}
+
+
+def test_trained_tokens_and_tied_modules_survive(tmp_path: Path) -> None:
+    for name, options in {
+        "tokens": {"trainable_token_indices": [17, 30]},
+        "tied": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    }.items():
+        model = adapted(**options)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if parameter.requires_grad and ".nblora_" not in key:
+                    parameter.normal_()
+        export_lora(model, tmp_path / name)
+        loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / name)
+        torch.testing.assert_close(out(loaded, tokens()), out(model, tokens()), rtol=0, atol=1e-4)
+        assert (out(model, tokens()) - out(adapted(), tokens())).abs().max() > 1e-2
+        assert certify(tmp_path / name).holds
+
+
+def test_a_radius_of_an_expert_above_its_promise_is_found_out(tmp_path: Path) -> None:
+    model = everything(
+        norm="spectral",
+        bound=0.5,
+        bound_kind="absolute",
+        bound_pattern={"experts.up": 0.2},
+        parametrization="svd",
+    )
+    with torch.no_grad():  # every singular value at its bound
+        for layer in nblora_layers(model, "default").values():
+            m, _ = layer.out_in_features
+            layer.nblora_angle["default"].weight.fill_(torch.pi / 2 / m**0.5)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    honest = certify(tmp_path)
+    assert honest.holds
+    assert sorted({layer.bound for layer in honest.layers}) == [0.2, 0.5]
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["base_model.model.experts.nblora_radius.weight"][1] = 0.6
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    broken = [layer for layer in certify(tmp_path).layers if not layer.holds]
+    assert [(layer.name, layer.bound) for layer in broken] == [("experts[1]", 0.5)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conftest import tiny_gpt2, tiny_llama, tokens
-from lora_samples import Everything
+from lora_samples import CONFIG, WEIGHTS, Everything, change_config, factors, peft_folder
 from nblora import certify, import_lora
 from nblora.bounds import parse_norm, spectral_norm
+from nblora.checkpoints import AdapterError
 
 METHODS = [
     ("spectral", "joint"),
@@ -154,3 +158,120 @@ def test_training_continues(tmp_path: Path) -> None:
         optimizer.step()
     assert losses[-1] < losses[0] - 0.1
     assert certify(model).holds
+
+
+@pytest.mark.parametrize("choice", ["modules_to_save", "bias"])
+def test_what_is_trained_beside_the_updates_stays(choice: str, tmp_path: Path) -> None:
+    options = {"modules_to_save": ["ln_f"]} if choice == "modules_to_save" else {"bias": "lora_only"}
+    lora = trained_lora(
+        tiny_gpt2, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1, **options
+    )
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.normal_()
+    lora.save_pretrained(tmp_path / "lora")
+    report = import_lora(tmp_path / "lora", tmp_path / "ours", bound=99.0, bound_kind="absolute")
+    assert report.unbounded
+    assert "have no bound" in report.summary
+    loaded = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "ours").eval()
+    torch.testing.assert_close(out(loaded), out(lora), rtol=0, atol=2e-5)
+    config = loaded.peft_config["default"]
+    assert (config.bias, config.dropout, config.task_type) == (
+        "none" if choice == "modules_to_save" else "nblora_only",
+        0.1,
+        "CAUSAL_LM",
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+def test_layers_of_experts_keep_their_rank(tmp_path: Path) -> None:
+    everything_lora(rank_pattern={r"experts\.\w+": 2}).save_pretrained(
+        tmp_path / "lora", save_embedding_layers=False
+    )
+    import_lora(tmp_path / "lora", tmp_path / "ours", bound=9.0, bound_kind="absolute")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = PeftModel.from_pretrained(Everything(), tmp_path / "ours")
+    ranks = {layer.name: layer.rank for layer in certify(loaded).layers}
+    assert ranks["head"] == ranks["conv"] == ranks["embed"] == 3
+    assert ranks["experts[0]"] == ranks["experts.base_layer[2]"] == 2
+
+
+def pipeline_file(path: Path) -> Path:
+    tensors = {}
+    for seed, name in enumerate(("unet.first", "text_encoder.first")):
+        up, down = factors(6, 4, 2, 1.0, seed)
+        tensors |= {f"{name}.lora_A.weight": down.float(), f"{name}.lora_B.weight": up.float()}
+    save_file(tensors, path)
+    return path
+
+
+def test_one_component_of_a_pipeline_is_imported(tmp_path: Path) -> None:
+    source = pipeline_file(tmp_path / "a.safetensors")
+    options: dict[str, Any] = {"bound": 9.0, "bound_kind": "absolute"}
+    with pytest.raises(ValueError, match=r"component must be one of \['text_encoder', 'unet'\], of which"):
+        import_lora(source, tmp_path / "out", **options)
+    with pytest.raises(ValueError, match="got component='vae'"):
+        import_lora(source, tmp_path / "out", component="vae", **options)
+    report = import_lora(source, tmp_path / "out", component="unet", **options)
+    assert [layer.name for layer in report.layers] == ["unet.first"]
+    model = nn.ModuleDict({"first": nn.Linear(4, 6), "inner": nn.ModuleDict({"first": nn.Linear(4, 6)})})
+    loaded = PeftModel.from_pretrained(model, tmp_path / "out")
+    assert [layer.name for layer in certify(loaded).layers] == ["first"]  # and not inner.first too
+    up, down = factors(6, 4, 2, 1.0, 0)
+    found = loaded.get_submodule("base_model.model.first").get_delta_weight("default").detach()
+    torch.testing.assert_close(found, (up @ down).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_nblora_does_not_have_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    options: dict[str, Any] = {"bound": 1.0, "bound_kind": "absolute"}
+    layers = {"a.q_proj": factors(6, 8, 2, 1.0)}
+    peft_folder(tmp_path / "lora", layers, r=2, lora_alpha=2)
+    for values, message in (
+        ({"use_dora": True}, "must not use DoRA"),
+        ({"lora_bias": True}, "must not use lora_bias"),
+        ({"layer_replication": [[0, 1]]}, "must not use layer_replication"),
+    ):
+        before = (tmp_path / "lora" / CONFIG).read_text()
+        change_config(tmp_path / "lora", **values)
+        with pytest.raises(AdapterError, match=message):
+            import_lora(tmp_path / "lora", target, **options)
+        (tmp_path / "lora" / CONFIG).write_text(before)
+    with pytest.raises(ValueError, match="parametrization must be"):
+        import_lora(tmp_path / "lora", target, parametrization="polar", **options)
+    with pytest.raises(ValueError, match="a relative bound needs the base model"):
+        import_lora(tmp_path / "lora", target, bound=1.0)
+    with pytest.raises(AdapterError, match=r"is it the base model of this adapter\?"):
+        import_lora(tmp_path / "lora", target, base=tiny_llama(), **options)
+    assert not target.exists()
+    tensors = load_file(tmp_path / "lora" / WEIGHTS)
+    assert json.loads((tmp_path / "lora" / CONFIG).read_text())["r"] == 2
+    tensors["base_model.model.a.q_proj.lora_B.weight"][0, 0] = torch.inf
+    save_file(tensors, tmp_path / "lora" / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"must have finite tensors, got '.*lora_B\.weight'"):
+        import_lora(tmp_path / "lora", target, **options)
+    assert not target.exists()
+
+
+def test_numbers_of_the_report(tmp_path: Path) -> None:
+    """A spectrum of 3 and 4, capped at 3.5: a tenth of the Frobenius norm 5 is removed."""
+    up = torch.zeros(6, 2)
+    up[0, 0], up[1, 1] = 4, 3
+    peft_folder(tmp_path / "lora", {"a.q_proj": (up, torch.eye(2, 8))}, r=2, lora_alpha=2)
+    report = import_lora(
+        tmp_path / "lora", tmp_path / "out", norm="spectral", bound=3.5, bound_kind="absolute"
+    )
+    (layer,) = report.layers
+    assert (layer.name, layer.shape, layer.rank, layer.bound, layer.changed) == (
+        "a.q_proj",
+        (6, 8),
+        2,
+        3.5,
+        True,
+    )
+    assert (layer.before, layer.after, layer.removed) == pytest.approx((4, 3.5, 0.1), rel=1e-4)
+    assert report.rows()[1] == ("a.q_proj", "6×8", "2", "4", "3.5", "3.5", "10.0%")
+    assert report.to_table().endswith(report.summary)
+    assert json.loads(report.to_json())["layers"][0]["removed"] == layer.removed

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from peft.utils import CONFIG_NAME
@@ -163,9 +164,10 @@ def clip_lora(
         raise AdapterError(f"{target} cannot be written: {one_line(error)}") from error
 
 
-def check_bound(bound: float, bound_kind: str, base: object) -> None:
+def check_bound(bound: Any, bound_kind: str, base: object) -> None:
     """Refuse a bound outside its rule."""
-    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < math.inf:
+    is_number = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
+    if not is_number or not 0 < bound < math.inf:
         raise ValueError(f"bound must be a number, positive and finite, got bound={bound!r}")
     if bound_kind not in ("absolute", "relative"):
         raise ValueError(f"bound_kind must be 'absolute' or 'relative', got bound_kind={bound_kind!r}")
@@ -184,7 +186,7 @@ class Radii:
         self, file: LoraFile, bound: float, bound_kind: BoundKind, base: nn.Module | PathLike | None
     ) -> None:
         self.file = file
-        self.bound = bound
+        self.bound = float(bound)
         self.bases: dict[str | None, BaseWeights] = {}
         if bound_kind == "relative":
             assert base is not None

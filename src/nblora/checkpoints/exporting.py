@@ -105,7 +105,8 @@ def export_lora(
     metadata = {"format": "pt", BOUNDS_KEY: json.dumps(_noted(adapter, names))}
     with atomic_folder(Path(out_dir)) as folder:
         if layout == "peft":
-            tensors.update((PEFT_PREFIX + key, value) for key, value in adapter.others.items())
+            # copies, since tied modules to save share memory, which a file cannot
+            tensors.update((PEFT_PREFIX + key, value.clone()) for key, value in adapter.others.items())
             _lora_config(config, rank).save_pretrained(folder)
         contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(contiguous, exported_file(folder, layout), metadata=metadata)

@@ -77,8 +77,7 @@ def import_lora(
     """
     check_bound(bound, bound_kind, base)
     file = _of_component(open_lora(source), component)
-    ranks = Counter(layer.rank for layer in file.layers)
-    r = ranks.most_common(1)[0][0]
+    r = _usual_rank(file)
     radii = Radii(file, bound, bound_kind, base)
     weights = radii.bases.get(file.layers[0].component)
     if weights is None and base is not None:
@@ -125,6 +124,13 @@ def _of_component(file: LoraFile, component: str | None) -> LoraFile:
     chosen = components[0] if component is None else component
     layers = tuple(layer for layer in file.layers if (layer.component or "") == chosen)
     return LoraFile(file.tensors, file.layout, layers, file.others, file.config_file, file.config)
+
+
+def _usual_rank(file: LoraFile) -> int:
+    """The rank that needs no patterns: the most common one of parameters, on which PEFT warns of patterns."""
+    targets = None if file.config is None else file.config.target_parameters
+    parameters = [layer for layer in file.layers if adapted_parameters(targets, layer.name)]
+    return Counter(layer.rank for layer in parameters or file.layers).most_common(1)[0][0]
 
 
 def _module_names(file: LoraFile, weights: BaseWeights | None) -> list[str]:
