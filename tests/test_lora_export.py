@@ -256,19 +256,20 @@ def test_layouts_without_a_place_for_it(tmp_path: Path) -> None:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    """A diffusers file imported again is the same function."""
+    """A file for a pipeline imported again is the same function; the base is a model or a pipeline's folder."""
     diffusers = pytest.importorskip("diffusers")
     from nblora import import_lora
 
     model = adapted_unet(diffusers)
     inputs = torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 12)
+    small_unet(diffusers).save_pretrained(tmp_path / "pipeline" / "unet")
     for layout in ("diffusers", "kohya"):
         export_lora(model, tmp_path / layout, layout=layout)
         import_lora(
             tmp_path / layout,
             tmp_path / f"{layout}-ours",
             bound=1.0,
-            base=small_unet(diffusers),
+            base=small_unet(diffusers) if layout == "diffusers" else tmp_path / "pipeline",
             norm="nuclear",
         )
         loaded = PeftModel.from_pretrained(small_unet(diffusers), tmp_path / f"{layout}-ours")

@@ -71,9 +71,9 @@ class EngineReport:
 def check_engines(source: PathLike) -> EngineReport:
     """Check a LoRA against what vLLM, SGLang and llama.cpp demand of names, fields and ranks.
 
-    Rules of vLLM 0.1x-0.2x (`vllm/lora/peft_helper.py`, `lora_model.py`, `utils.py`), SGLang
-    (`srt/lora/lora_config.py`, `lora.py`) and llama.cpp's `convert_lora_to_gguf.py`, read in 2026. That the
-    base model has layers of these names is not checked.
+    The rules are those of the sources in 2026: vLLM's `lora/peft_helper.py`, `lora_model.py`, `utils.py` and
+    `config/lora.py`, SGLang's `srt/lora/lora_config.py` and `lora.py`, llama.cpp's
+    `convert_lora_to_gguf.py`. That the base model has layers of these names is not checked.
 
     Args:
         source: a folder or hub repository with a LoRA, or a file.
