@@ -256,7 +256,7 @@ def test_layouts_without_a_place_for_it(tmp_path: Path) -> None:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    """A file for a pipeline imported again is the same function; the base is a model or a pipeline's folder."""
+    """A pipeline file imported again is the same function; the base is a model or a pipeline folder."""
     diffusers = pytest.importorskip("diffusers")
     from nblora import import_lora
 
