@@ -136,6 +136,12 @@ def test_every_kind_of_layer(bound: float, tmp_path: Path) -> None:
     certificate = certify(tmp_path / "ours")
     assert certificate.holds
     assert certificate == certify(loaded)
+    loaded.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    written, again = (load_file(tmp_path / folder / WEIGHTS) for folder in ("ours", "again"))
+    assert {key: tensor.shape for key, tensor in written.items()} == {
+        key: tensor.shape for key, tensor in again.items()
+    }
+    assert all(torch.equal(written[key], again[key]) for key in written)
     x = torch.arange(11)[None]
     if bound > 1:
         torch.testing.assert_close(out(loaded, x), out(lora, x), rtol=1e-4, atol=1e-4)

@@ -199,8 +199,8 @@ def _tensors(
     parts = {
         f"{embedding}in": into,
         f"{embedding}out": free.out,
-        "angle": free.angle,
-        "scale": free.logits,
+        "angle": None if free.angle is None else free.angle[..., None],
+        "scale": None if free.logits is None else free.logits[..., None],
         "radius": radius,
     }
     return {
