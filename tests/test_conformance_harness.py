@@ -212,7 +212,7 @@ class TestRun:
     def test_another_version_of_peft_is_refused(self, tmp_path, monkeypatch, pytestconfig):
         order = Order("delora", "0.0.1", {}, [], str(tmp_path / "report.json"))
         monkeypatch.setenv(plugin.ORDER_VARIABLE, order.to_json())
-        with pytest.raises(pytest.UsageError, match="PEFT must be 0.0.1, got"):
+        with pytest.raises(pytest.UsageError, match=r"PEFT must be 0\.0\.1, got"):
             plugin.pytest_configure(pytestconfig)
 
 

@@ -74,7 +74,16 @@ def _opt(hidden: int = 16, layers: int = 5, inner: int = 64) -> Callable[[Path],
 
 
 def _gpt2() -> Callable[[Path], None]:
-    return _model("GPT2LMHeadModel", "GPT2Config", **TEXT, n_embd=32, n_layer=5, n_head=4, n_positions=512)
+    return _model(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        **TEXT,
+        n_embd=32,
+        n_layer=5,
+        n_head=4,
+        n_positions=512,
+        initializer_range=0.2,
+    )
 
 
 def _decoder(name: str, config: str | None = None, **options: Any) -> Callable[[Path], None]:
@@ -133,6 +142,7 @@ def _bart() -> Callable[[Path], None]:
         decoder_attention_heads=4,
         max_position_embeddings=512,
         decoder_start_token_id=2,
+        init_std=0.2,
     )
 
 
@@ -233,7 +243,7 @@ def _stable_diffusion(folder: Path) -> None:
             latent_channels=4,
         ),
         text_encoder=CLIPTextModel(_clip_text_config()),
-        tokenizer=CLIPTokenizer.from_pretrained(words),
+        tokenizer=CLIPTokenizer.from_pretrained(words, model_max_length=77),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -368,7 +378,8 @@ def _quotes() -> Any:
     from datasets import Dataset, DatasetDict
 
     texts = [f"{number} bounded steps make a long walk, said the {number}th hill." for number in range(256)]
-    return DatasetDict(train=Dataset.from_dict({"quote": texts, "author": ["nobody"] * len(texts)}))
+    columns = {"quote": texts, "author": ["nobody"] * len(texts), "tags": [["steps", "hills"]] * len(texts)}
+    return DatasetDict(train=Dataset.from_dict(columns))
 
 
 def _photograph() -> Any:

@@ -152,7 +152,10 @@ class Conformance:
 
     def is_translatable(self, values: Any) -> bool:
         for value in values:
-            if isinstance(value, dict):
+            if isinstance(value, dict) and value and all(isinstance(part, dict) for part in value.values()):
+                if not self.is_translatable(value.values()):  # options for the parts of a pipeline
+                    return False
+            elif isinstance(value, dict):
                 try:
                     substitution.translated(self.order.method, value)
                 except substitution.NoCounterpartError:
