@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn.utils import parametrize
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -439,6 +440,41 @@ def test_attention(build: type[nn.Module], target: str, tmp_path: Path) -> None:
     assert merged.state_dict().keys() == base.state_dict().keys()
 
 
+@pytest.mark.parametrize("kind", ["attention", "experts"])
+def test_weights_that_fsdp_keeps_elsewhere_are_replaced(kind: str, tmp_path: Path) -> None:
+    """One process suffices: FSDP puts views of its flat parameter over the module's own."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    try:
+        if kind == "attention":
+            torch.manual_seed(0)
+            base, x = Attending().eval(), torch.randn(2, 5, 8)
+            model = get_peft_model(base, NBLoraConfig(target_modules=["attention"], init_weights=False))
+        else:
+            model, x = adapted(KINDS["three parameters"], init_weights=False), numbers(5, 5)()
+        expected = out(model.eval(), x)
+        with model.disable_adapter():
+            assert not torch.allclose(out(model, x), expected, atol=1e-3)
+        sharded = FullyShardedDataParallel(
+            model,
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+            sharding_strategy=ShardingStrategy.NO_SHARD,
+        )
+        torch.testing.assert_close(out(sharded, x), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["experts transposed", "three parameters"])
+def test_parameters_compile_into_one_graph(name: str) -> None:
+    kind = KINDS[name]
+    model, x = adapted(kind, init_weights=False), kind.inputs()
+    compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_attention_is_not_exported(tmp_path: Path) -> None:
     model = get_peft_model(Encoder(), NBLoraConfig(target_modules=["self_attn"]))
     model.save_pretrained(tmp_path / "saved")
@@ -455,7 +491,7 @@ def test_attention_that_cannot_be_adapted() -> None:
     with pytest.raises(ValueError, match=r"dropout must be 0 for nn.MultiheadAttention"):
         get_peft_model(Attending(), NBLoraConfig(target_modules=["attention"], dropout=0.1))
     model = get_peft_model(Attending(), NBLoraConfig(target_modules=["attention"])).eval()
-    with pytest.raises(ValueError, match="does not support mixed adapter batches"):
+    with pytest.raises(TypeError, match="does not support mixed adapter batches"):
         model(torch.randn(2, 5, 8), adapter_names=["default", "default"])
 
 

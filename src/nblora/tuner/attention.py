@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from nblora.lowrank import LowRank
 from nblora.tuner.config import NBLoraConfig
 from nblora.tuner.layer import NBLoraLayer
 from nblora.tuner.linear import NBLoraLinear
+from nblora.tuner.parameter import call_with
 
 
 class NBLoraMultiheadAttention(NBLoraLayer):
@@ -86,16 +88,17 @@ class NBLoraMultiheadAttention(NBLoraLayer):
         self, query: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         if adapter_names is not None:
-            raise ValueError(
+            raise TypeError(
                 f"nblora.{type(self).__name__} does not support mixed adapter batches. All samples of a "
                 "batch share the adapted weight: call the model without adapter_names, after set_adapter"
             )
         base: Any = self.get_base_layer()
-        weights = {
-            "in_proj_weight": self.adapted_weight(base.in_proj_weight),
-            "out_proj.base_layer.weight": base.out_proj.adapted_weight(base.out_proj.base_layer.weight),
-        }
-        return torch.func.functional_call(base, weights, (query, *args), kwargs)
+        out_proj = base.out_proj.get_base_layer()
+        weights = [
+            (base, "in_proj_weight", self.adapted_weight(base.in_proj_weight)),
+            (out_proj, "weight", base.out_proj.adapted_weight(out_proj.weight)),
+        ]
+        return call_with(weights, partial(base, query, *args, **kwargs))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's LoRA applies the update of the output projection twice (0.21.2)."""

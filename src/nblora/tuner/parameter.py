@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,28 @@ from torch.nn.utils import parametrize
 from nblora.lowrank import LowRank
 from nblora.tuner.config import NBLoraConfig
 from nblora.tuner.layer import NBLoraLayer
+
+
+def call_with(weights: Sequence[tuple[nn.Module, str, Tensor]], call: Callable[[], Any]) -> Any:
+    """Call something while other tensors stand in for weights of modules.
+
+    Attributes of the instance go before its parameters, and FSDP itself puts its views there, which
+    torch.func.functional_call would not replace.
+
+    Args:
+        weights: (module, name of the parameter, tensor to stand in for it).
+    """
+    before = [module.__dict__.get(name) for module, name, _ in weights]
+    for module, name, tensor in weights:
+        module.__dict__[name] = tensor
+    try:
+        return call()
+    finally:
+        for (module, name, _), old in zip(weights, before):
+            if old is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = old
 
 
 class _Instead(nn.Module):
@@ -106,19 +129,17 @@ class ParamWrapper(NBLoraLayer):
                 f"nblora.{type(self).__name__} does not support mixed adapter batches yet. All samples of a "
                 "batch share the adapted weight: call the model without adapter_names, after set_adapter"
             )
-        name, inner = self.parameter_name, self.base_layer
-        while isinstance(inner, ParamWrapper):
-            name, inner = f"base_layer.{name}", inner.base_layer
-        weight = self.adapted_weight(getattr(inner, self.parameter_name))
-        if not parametrize.is_parametrized(inner, self.parameter_name):
-            return torch.func.functional_call(self.base_layer, {name: weight}, (x, *args), kwargs)
-        # what is computed by somebody's parametrization cannot be assigned, but another one added
-        parametrize.register_parametrization(inner, self.parameter_name, _Instead(weight), unsafe=True)
+        module, name = self.get_base_layer(), self.parameter_name
+        weight = self.adapted_weight(getattr(module, name))
+        if not parametrize.is_parametrized(module, name):
+            return call_with([(module, name, weight)], partial(self.base_layer, x, *args, **kwargs))
+        # what is computed by somebody's parametrization cannot be replaced, but another one added
+        parametrize.register_parametrization(module, name, _Instead(weight), unsafe=True)
         try:
             return self.base_layer(x, *args, **kwargs)
         finally:
-            all_steps: Any = inner.parametrizations
-            del all_steps[self.parameter_name][-1]
+            all_steps: Any = module.parametrizations
+            del all_steps[name][-1]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
