@@ -301,6 +301,24 @@ def test_merging_quantizes_the_sum_and_unmerging_restores_every_bit(
 
 
 @pytest.mark.parametrize(("kind", "device"), cases())
+def test_what_is_less_than_half_a_step_is_lost_in_merging(kind: str, device: str, folder: Path) -> None:
+    """The share of the updates that is in the merged weights: what the documentation says of it."""
+    model = adapted(quantized(kind, folder, device))
+    before = weights(model)
+    model.merge_adapter()
+    shares = []
+    for name, layer in layers(model).items():
+        delta = layer.get_delta_weight("default")
+        moved = layer.get_base_weight().float() - before[name].float()
+        shares.append(((moved * delta).sum() / (delta * delta).sum()).item())
+    print(f"{kind}: {min(shares):.1%} to {max(shares):.1%} of the updates is left")
+    if ROUNDING[kind] > 0.1:
+        assert max(shares) < 0.6
+    else:
+        assert min(shares) > 0.7
+
+
+@pytest.mark.parametrize(("kind", "device"), cases())
 def test_merged_weights_are_those_of_a_merged_lora(
     kind: str, device: str, folder: Path, tmp_path: Path
 ) -> None:
