@@ -166,6 +166,11 @@ SKIPS: tuple[Skip, ...] = (
         "dropout is refused for nn.MultiheadAttention",
         _LORA,
     ),
+    Skip(
+        _CUSTOM + "test_only_params_are_updated[Conv2d Groups2 LoRA-*",
+        "at its learning rate of 0.5 the outputs' factor runs away, and the inputs' hardly moves",
+        _LORA,
+    ),
     # other
     Skip("*::test_merge_layers_nan[*", "infinite parameters still give a finite update in the ball", _LORA),
     Skip(
