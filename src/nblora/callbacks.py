@@ -309,7 +309,7 @@ def _measure(model: nn.Module, top: int) -> dict[str, dict[str, Any]]:
     batches: list[_Batch] = []
     names: list[str] = []
     for layer_name, (layer, adapter) in adapters.items():
-        free = layer.free_parameters(adapter).map(_whole)
+        free = layer.free_parameters(adapter)
         if free.out.ndim != 2 + len(layer.batch_shape):
             raise ValueError(
                 "FSDP must wrap adapters with peft.utils.other.fsdp_auto_wrap_policy, as it does for a "
@@ -346,11 +346,6 @@ def _names(layer_name: str, layer: NBLoraLayer) -> list[str]:
     if not layer.batch_shape:
         return [layer_name]
     return [f"{layer_name}[{i}]" for i in range(layer.batch_shape[0])]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that FSDP2 keeps in shards."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _batch(method: Method, group: Sequence[tuple[str, FreeParameters, Tensor]]) -> _Batch:

@@ -21,7 +21,7 @@ from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters
 from nblora.tuner import NBLoraConfig, NBLoraType, nblora_layers
 from nblora.tuner.config import pattern_value
-from nblora.tuner.weights import Method
+from nblora.tuner.weights import Method, whole
 
 TOLERANCE = 1e-6
 """Relative excess over a bound that counts as rounding of float32 factors (float64 has far less)."""
@@ -162,7 +162,7 @@ def _from_model(model: nn.Module, adapter_name: str) -> Adapter:
         name.removeprefix(PEFT_PREFIX): layer.scaling[adapter_name]
         for name, layer in nblora_layers(model, adapter_name).items()
     }
-    return _adapter(configs[adapter_name], state, scales)
+    return _adapter(configs[adapter_name], {key: whole(tensor) for key, tensor in state.items()}, scales)
 
 
 def _adapter(

@@ -62,6 +62,11 @@ class Method:
         )
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 keeps in shards; then all processes must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class FreeWeight(nn.Module):
     """A leaf module that holds one trainable tensor as `.weight`.
 
@@ -76,10 +81,7 @@ class FreeWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """A copy of the weight: what FSDP gathered is gone after the call."""
-        if isinstance(self.weight, DTensor):  # outside of the forward pass FSDP2 keeps it in shards
-            whole: Tensor = self.weight.full_tensor()
-            return whole
-        return self.weight.clone()
+        return whole(self.weight).clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Also from checkpoints whose vectors are (k,), not (k, 1)."""
