@@ -109,6 +109,13 @@ class TestVerdict:
         outcomes = {} if outcome is None else {"test_a.py::one": (outcome, "")}
         assert runner.stale({"m": outcomes}) == ["stale skip, no failing test matches: *::one"]
 
+    @pytest.mark.parametrize("outcome", ["xfailed", "skipped"])
+    def test_a_skip_that_is_never_run_needs_only_a_match(self, monkeypatch, outcome):
+        monkeypatch.setattr(runner, "MATRICES", {"m": self.MATRIX})
+        monkeypatch.setattr(runner, "SKIPS", (Skip("test_a.py::one", "reason", ("lora",), run=False),))
+        assert runner.stale({"m": {"test_a.py::one": (outcome, "")}}) == []
+        assert runner.stale({"m": {"test_a.py::two": (outcome, "")}})
+
     def test_a_skip_is_not_stale_where_it_is_needed_or_not_concerned(self, monkeypatch):
         monkeypatch.setattr(runner, "MATRICES", {"m": self.MATRIX})
         skips = (

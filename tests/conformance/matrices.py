@@ -59,7 +59,7 @@ MATRICES: dict[str, Matrix] = {
         },
     ),
     "conversion": Matrix("lokr", {"test_lora_conversion.py": 12}),
-    "compile": Matrix("lora", {"test_torch_compile.py": 10}, {"PEFT_DEBUG_WITH_TORCH_COMPILE": "1"}),
+    "compile": Matrix("lora", {"test_torch_compile.py": 6}, {"PEFT_DEBUG_WITH_TORCH_COMPILE": "1"}),
 }
 
 _PRECISION = "adapters stay in float32 whatever autocast_adapter_dtype says: the bound needs it"
@@ -189,6 +189,24 @@ SKIPS: tuple[Skip, ...] = (
             ("converted_lora_approximates_original_adapter", "its thresholds are for LoKr's random starts"),
             ("converted_lora_with_multiple_adapters", "its thresholds are for LoKr's random starts"),
             ("with_torch_compile", "compiled and eager updates differ in rounding, which the SVD amplifies"),
+        )
+    ),
+    *(
+        Skip(
+            f"test_torch_compile.py::TestTorchCompileCausalLM::test_causal_lm_{name}_compile",
+            "loads the model in 4 bits, which on a CPU needs larger layers than this model's",
+            _LORA,
+            run=False,
+        )
+        for name in (
+            "training_lora_bnb",
+            "multiple_lora_adapter",
+            "disable_lora_adapter",
+            "merging_lora_adapter",
+            "merging_multiple_lora_adapters",
+            "merge_and_unload_lora_adapter",
+            "mixed_batch_lora_adapter",
+            "add_weighted_adapter_lora_adapter",
         )
     ),
     # the hub
