@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
+# Quantization and DeepSpeed: whoever imports transformers beside them pays seconds and gets their messages, so they
+# are installed apart and only their own tests see them.
+APART := $(VENV)/apart
 
 .PHONY: help setup chromium demo test test-all conformance check format bench-speed bench-forgetting bench-forgetting-quick clean
 
@@ -30,6 +33,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(APART)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(APART) --upgrade --constraint constraints.txt \
+	  bitsandbytes torchao hqq termcolor einops deepspeed hjson ninja py-cpuinfo
+	touch $@
+
 # for the tests of the reports, which skip themselves without a browser
 chromium:
 	@if command -v chromium google-chrome >/dev/null; then :; \
@@ -40,11 +48,14 @@ chromium:
 demo: $(READY)
 	$(BIN)/nblora demo --out nblora-demo
 
-test: $(READY) chromium
+test: $(READY) $(APART)/.ready chromium
 	$(BIN)/python -m pytest -n auto -m "not slow"
+	PYTHONPATH=$(APART) $(BIN)/python -m pytest -n auto -m "not slow" tests/test_quantized.py
 
-test-all: $(READY) chromium conformance
+test-all: $(READY) $(APART)/.ready chromium conformance
 	$(BIN)/python -m pytest -n auto
+	PYTHONPATH=$(APART) $(BIN)/python -m pytest -n auto tests/test_quantized.py
+	PYTHONPATH=$(APART) $(BIN)/python -m pytest tests/test_deepspeed.py
 
 conformance: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m conformance $(if $(PEFT),--peft $(PEFT))
