@@ -172,7 +172,6 @@ SKIPS: tuple[Skip, ...] = (
         _LORA,
     ),
     # other
-    Skip("*::test_merge_layers_nan[*", "infinite parameters still give a finite update in the ball", _LORA),
     Skip(
         "test_low_level_api.py::*::test_inject_from_state_dict_missing_keys_warning",
         "the layer is still known by its radius",
