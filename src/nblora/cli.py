@@ -187,7 +187,7 @@ def clip(
     bound: Annotated[float, typer.Option(help="On the norm of every update.", show_default=False)],
     out: Annotated[
         Path | None,
-        typer.Argument(help="File or folder to write.  [default: in place of the LoRA]", show_default=False),
+        typer.Argument(help="File or folder to write; without it, in place of the LoRA.", show_default=False),
     ] = None,
     norm: _Norm = "spectral",
     relative: Annotated[bool, typer.Option("--relative/--absolute", help=_RELATIVE_HELP)] = False,
