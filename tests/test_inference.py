@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import (
     PeftModel,
     get_peft_model,
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from conftest import TwoLayers, tiny_llama, tokens
 from nblora import NBLoraConfig, certify
+from nblora.checkpoints import AdapterError
 from nblora.tuner import NBLoraLayer, nblora_layers
 from test_tuner import layers, out, plain, plain_inputs, scatter
 
@@ -260,6 +262,49 @@ def test_factors_kept_in_inference_mode_serve_training_and_saving() -> None:
     assert x.grad is not None
 
 
+def test_adapters_made_or_loaded_in_inference_mode_run(tmp_path: Path) -> None:
+    three().save_pretrained(tmp_path)
+    with torch.inference_mode():
+        made = plain(init_weights=False).eval()
+        loaded = PeftModel.from_pretrained(TwoLayers(), tmp_path).eval()
+    for model in (made, loaded):
+        first = out(model, plain_inputs())
+        assert layers(model)[0]._factors
+        assert torch.equal(out(model, plain_inputs()), first)
+
+
+def test_stacked_adapters_run_under_vmap() -> None:
+    models, x = [three(), three()], plain_inputs()
+    model = models[0]
+    stacked = {
+        name: torch.stack([dict(one.named_parameters())[name].detach() for one in models])
+        for name, _ in model.named_parameters()
+        if ".nblora_" in name
+    }
+    with torch.no_grad():
+        results = torch.vmap(lambda weights: torch.func.functional_call(model, weights, (x,)))(stacked)
+        torch.testing.assert_close(results[0], model(x), atol=2e-6, rtol=1e-5)
+
+
+def test_what_is_offloaded_runs_and_says_why_it_is_not_certified() -> None:
+    model, x = three(), plain_inputs()
+    expected = out(model, x)
+    cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    torch.testing.assert_close(out(model, x), expected)
+    with pytest.raises(AdapterError, match="must be in memory, got tensors that are offloaded"):
+        certify(model)
+
+
+def test_an_adapter_that_was_never_loaded_is_not_used() -> None:
+    with torch.device("meta"):
+        base = TwoLayers()
+    model = get_peft_model(base, NBLoraConfig(target_modules=["first"])).eval()
+    layer = layers(model)[0]
+    layer.base_layer.to_empty(device="cpu")
+    with pytest.raises(ValueError, match="adapter 'default' must be loaded before it is used"):
+        layer(plain_inputs())
+
+
 def test_moved_modules_are_not_read_but_called() -> None:
     """Offloading and FSDP have hooks that bring a tensor for the time of a call."""
     model, x = three(), plain_inputs()
@@ -302,8 +347,17 @@ def test_scales_multiply_updates_and_move_the_bound() -> None:
     for layer in layers(model):
         layer.set_scale("default", 0.0)
     assert torch.equal(out(model, x), base)
-    with pytest.raises(ValueError, match="scale must be a finite number, got scale=nan"):
-        layers(model)[0].set_scale("default", math.nan)
+    layer = layers(model)[0]
+    layer.set_scale("default", 1.0)
+    for wrong in (
+        lambda: layer.set_scale("default", math.nan),
+        lambda: layer.scale_layer(math.inf),
+        lambda: [layer.scale_layer(1e200) for _ in range(2)],
+        lambda: layer.unscale_layer(0),
+    ):
+        with pytest.raises(ValueError, match=r"scale must be a finite number, got scale=(nan|inf)"):
+            wrong()
+        assert math.isfinite(layer.scaling["default"])
 
 
 def test_scaled_adapters_merge_and_unmerge() -> None:
@@ -467,6 +521,10 @@ def test_layers_with_alike_names_keep_their_own_bounds() -> None:
         ((["default", "two"], [1, 1], "sum", "cat", 2), {}, 'svd_rank must be .* only for "svd"'),
         ((["default", "two"], [1, 1], "sum", "svd", 0), {}, "svd_rank must be an integer >= 1"),
         ((["default", "two"], [1, 1], "sum"), {"bound": 1.5}, r"bound must be in \(0, 1\], .* got bound=1.5"),
+        ((["default", "two"], 1.0, "sum"), {}, r"one finite number for each of 2 adapters, got 1\.0"),
+        ((["default", "two"], [1, "1"], "sum"), {}, r"one finite number for each .*, got \[1, '1'\]"),
+        ((["default", "two"], [1, 1e300], "sum"), {}, "the sum of adapters must be finite, got NaN or inf"),
+        ((["default", "two"], [1, 1], "sum"), {"bound": True}, r"bound must be in .* got bound=True"),
         ((["default", "two"], [1, 1], "sum"), {"bound": 0}, r"bound must be in \(0, 1\], .* got bound=0"),
     ],
 )
@@ -505,7 +563,7 @@ def test_sums_need_one_norm_and_finite_updates() -> None:
     model = three()
     with torch.no_grad():
         layers(model)[1].nblora_in["two"].weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"must be finite, got NaN or infinity in \['default', 'two'\]"):
+    with pytest.raises(ValueError, match="the sum of adapters must be finite, got NaN or infinity from"):
         model.base_model.add_weighted_adapter(["default", "two"], [1, 1], "sum")
     assert "sum" not in model.peft_config
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -473,6 +476,94 @@ def test_parameters_compile_into_one_graph(name: str) -> None:
     model, x = adapted(kind, init_weights=False), kind.inputs()
     compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("targets", [["linear1", "linear2"], ["self_attn"], ["self_attn", "linear1"]])
+@pytest.mark.parametrize("masked", [False, True])
+def test_inside_the_encoder_of_pytorch(targets: list[str], masked: bool) -> None:
+    """In eval mode it takes weights out of its layers, or gives them nested tensors."""
+    torch.manual_seed(0)
+    base, x = Encoder().eval(), torch.randn(3, 5, 8)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[1, 3:] = masked
+    options: dict[str, Any] = {"src_key_padding_mask": mask} if masked else {}
+    model = get_peft_model(copy.deepcopy(base), NBLoraConfig(target_modules=targets, r=2))
+    scatter(model)
+    encoder = model.base_model.model.layers
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    expected = encoder(x, **options).detach()
+    model.eval()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found = encoder(x, **options).detach()
+        torch.testing.assert_close(found[~mask], expected[~mask], atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(base.layers(x, **options)[~mask], expected[~mask], atol=1e-3)
+    pickle.loads(pickle.dumps(model))
+
+
+def test_attention_has_ranks_and_bounds_for_each_projection() -> None:
+    config = NBLoraConfig(
+        target_modules=["attention"],
+        r=2,
+        rank_pattern={"attention": 3},
+        bound=1.0,
+        bound_kind="absolute",
+        bound_pattern={"attention.out_proj": 0.25},
+    )
+    model = get_peft_model(Attending(), config)
+    packed, output = nblora_layers(model, "default").values()
+    assert (packed.radius("default"), output.radius("default")) == (1.0, 0.25)
+    assert [layer.bound for layer in certify(model).layers] == [1.0, 0.25]
+    model.add_adapter("other", config)
+    model.base_model.add_weighted_adapter(["default", "other"], [1, 1], "sum")  # without a warning
+    assert [layer.bound for layer in certify(model, "sum").layers] == [2.0, 0.5]
+
+
+def test_threads_share_a_model_with_replaced_weights() -> None:
+    kind = KINDS["three parameters"]
+    model, x = adapted(kind, init_weights=False), kind.inputs()
+    expected = out(model, x)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: out(model, x), range(200)))
+    assert all(torch.equal(result, expected) for result in results)
+    assert torch.equal(out(model, x), expected)
+
+
+@pytest.mark.parametrize("norm", ["parametrizations.weight_norm", "weight_norm"])
+@pytest.mark.parametrize("build", [lambda: nn.Linear(6, 5), lambda: nn.Conv1d(6, 4, 3, groups=2)])
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_a_weight_that_is_computed_from_others_is_not_merged_into(
+    norm: str, build: Callable[[], nn.Module]
+) -> None:
+    normalize = attrgetter(norm)(nn.utils)
+    base = nn.ModuleDict({"first": nn.Linear(6, 6), "second": normalize(build())})
+    config = NBLoraConfig(target_modules=["first", "second"], init_weights=False)
+    model = get_peft_model(base, config)
+    weight = nblora_layers(model, "default")["base_model.model.first"].get_base_weight().clone()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"parameter of its layer, not computed .* such a 'weight'"):
+            merge()
+    assert torch.equal(nblora_layers(model, "default")["base_model.model.first"].get_base_weight(), weight)
+
+
+def test_sums_of_experts_show_the_bound_of_each() -> None:
+    kind = KINDS["experts"]
+    base = base_of(kind)
+    with torch.no_grad():
+        base.layer.up[2] *= 100
+    model = get_peft_model(base, kind.config(init_weights=False))
+    model.add_adapter("other", kind.config(init_weights=False))
+    model.base_model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
+    (layer,) = nblora_layers(model, "sum").values()
+    assert [one.bound for one in certify(model, "sum").layers] == pytest.approx(layer.radius("sum").tolist())
+    assert [one.bound for one in certify(model, "sum").layers] == pytest.approx(
+        [one.bound for one in certify(model).layers], rel=1e-6
+    )
 
 
 def test_attention_is_not_exported(tmp_path: Path) -> None:

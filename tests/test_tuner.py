@@ -620,6 +620,21 @@ def test_unmerging_is_bitwise_after_the_adapter_changed() -> None:
     assert changed(model, before) == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unmerging_weights_that_layers_share_leaves_rounding_alone(dtype: torch.dtype) -> None:
+    base = nn.ModuleDict({"a": nn.Linear(64, 64, bias=False), "b": nn.Linear(64, 64, bias=False)})
+    base["b"].weight = base["a"].weight
+    model = get_peft_model(base.to(dtype), NBLoraConfig(target_modules=["a", "b"], r=4, bound=1.0))
+    scatter(model)
+    before = layers(model)[0].get_base_weight().clone()
+    for _ in range(3):
+        model.merge_adapter()
+        assert (layers(model)[0].get_base_weight() - before).abs().max() > 0.02
+        model.unmerge_adapter()
+    change = (layers(model)[0].get_base_weight() - before).abs().max()
+    assert change <= 16 * torch.finfo(dtype).eps * before.abs().max()
+
+
 @pytest.mark.parametrize("norm", ["spectral", "frobenius"])
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_safe_merge_refuses_what_is_not_finite(norm: str, broken: float) -> None:

@@ -279,7 +279,7 @@ def _active_adapters(model: nn.Module) -> dict[str, tuple[NBLoraLayer, str]]:
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     found = [
-        (_plain_name(name), adapter, layer)
+        (layer.target(_plain_name(name)), adapter, layer)
         for name, layer in model.named_modules()
         if isinstance(layer, NBLoraLayer)
         for adapter in layer.active_adapters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from nblora.bounds import Norm, parse_norm
 from nblora.checkpoints.base import Place
 from nblora.checkpoints.layouts import PEFT_PREFIX, adapted_parameters
 from nblora.checkpoints.lora import LoraFile, locate, parse_lora
-from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile, one_line, read_json
+from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile, one_line, parse_json, read_json
 from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters
 from nblora.tuner import NBLoraConfig, NBLoraType, nblora_layers
@@ -129,8 +128,12 @@ def read_adapter(source: nn.Module | PathLike, adapter_name: str = "default") ->
         raise AdapterError(f"{config_file} must be of an NB-LoRA adapter, got peft_type={raw['peft_type']!r}")
     try:
         config = NBLoraConfig.from_peft_type(**raw)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever PEFT raises for fields of other types
         raise AdapterError(f"{config_file} is not valid: {one_line(error)}") from error
+    if not isinstance(config.target_parameters, list | None):
+        raise AdapterError(
+            f"{config_file} must have a list of names as target_parameters, got {config.target_parameters!r}"
+        )
     file = TensorFile(weights_file)
     try:
         return _adapter(config, {key: file.read(key) for key in file.entries})
@@ -156,12 +159,15 @@ def _from_model(model: nn.Module, adapter_name: str) -> Adapter:
         raise AdapterError(
             f"the adapter must be one of the model's NB-LoRA adapters {ours}, got {adapter_name!r}"
         )
+    layers = nblora_layers(model, adapter_name)
     # save_embedding_layers=False: else PEFT may ask the hub for the base model's vocabulary
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    scales = {
-        name.removeprefix(PEFT_PREFIX): layer.scaling[adapter_name]
-        for name, layer in nblora_layers(model, adapter_name).items()
-    }
+    scales = {name.removeprefix(PEFT_PREFIX): layer.scaling[adapter_name] for name, layer in layers.items()}
+    if any(tensor.is_meta for tensor in state.values()):
+        raise AdapterError(
+            f"adapter {adapter_name!r} must be in memory, got tensors that are offloaded or not loaded yet: "
+            "take the saved adapter"
+        )
     return _adapter(configs[adapter_name], {key: whole(tensor) for key, tensor in state.items()}, scales)
 
 
@@ -186,6 +192,10 @@ def _adapter(
         name: _bounded_layer(config, name, part, (scales or {}).get(name, 1.0), name in embeddings)
         for name, part in parts.items()
     }
+    for name in layers:  # PEFT saves the frozen weight of adapted embeddings too
+        others.pop(f"{name}.base_layer.weight", None)
+        if config.bias == "none":
+            others.pop(f"{name}.base_layer.bias", None)
     return Adapter(config, layers, others)
 
 
@@ -234,7 +244,9 @@ def _bounded_layer(
         update = LowRank(update.left * scale, update.right) if scale != 1 else update
     bounds = radius.flatten().tolist()
     if config.bound_kind == "absolute":  # promised in the configuration; a radius above it breaks the promise
-        bounds = [_promised(config, name, bound) for bound in bounds]
+        stated = [_promised(config, name, bound) for bound in bounds]
+        # of experts the configuration can state only the largest
+        bounds = [min(pair) for pair in zip(stated, bounds)] if batch else stated
     return BoundedLayer(
         update, method.norm, tuple(abs(scale) * bound for bound in bounds), scale, into[2:], embedding
     )
@@ -246,7 +258,7 @@ def _promised(config: NBLoraConfig, name: str, radius: float) -> float:
     Names in a checkpoint tell the module of a parameter, not which of its parameters it is: then the bound
     of one of them must contain the radius.
     """
-    names = adapted_parameters(config.target_parameters, name) or [name]
+    names = adapted_parameters(config.target_parameters, name) or [name.replace(".base_layer", "")]
     stated: list[float] = sorted({pattern_value(config.bound_pattern, each, config.bound) for each in names})
     return next((bound for bound in stated if radius <= bound * (1 + TOLERANCE)), stated[-1])
 
@@ -257,7 +269,7 @@ def _exported(file: LoraFile) -> Adapter:
     if BOUNDS_KEY not in file.tensors.metadata:
         raise AdapterError(f"{path}: a plain LoRA has no bounds to certify, unless nblora exported it")
     try:
-        noted = json.loads(file.tensors.metadata[BOUNDS_KEY])
+        noted = parse_json(file.tensors.metadata[BOUNDS_KEY])
         norm = parse_norm(noted["norm"])
         bounds = {name: _noted_bounds(bound) for name, bound in noted["bounds"].items()}
         if not bounds:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nblora.lowrank import LowRank
-from nblora.tuner.config import NBLoraConfig
+from nblora.tuner.config import NBLoraConfig, pattern_value
 from nblora.tuner.layer import NBLoraLayer
 from nblora.tuner.linear import NBLoraLinear
-from nblora.tuner.parameter import call_with
+from nblora.tuner.parameter import call_with, one_at_a_time
 
 
 class NBLoraMultiheadAttention(NBLoraLayer):
@@ -23,6 +23,7 @@ class NBLoraMultiheadAttention(NBLoraLayer):
     while it runs they are replaced by the adapted ones, as by `ParamWrapper`.
     """
 
+    base_name = "in_proj_weight"
     # PyTorch's encoder layers would else skip this module in eval mode and compute with the base weights
     _qkv_same_embed_dim = False
 
@@ -47,8 +48,8 @@ class NBLoraMultiheadAttention(NBLoraLayer):
         super().update_layer(adapter_name, r=r, bound=bound, config=config, layer_name=layer_name, **more)
         base: Any = self.get_base_layer()
         options: dict[str, Any] = {
-            "r": r,
-            "bound": bound,
+            "r": pattern_value(config.rank_pattern, f"{layer_name}.out_proj", r),
+            "bound": pattern_value(config.bound_pattern, f"{layer_name}.out_proj", bound),
             "config": config,
             "layer_name": f"{layer_name}.out_proj",
             **more,
@@ -94,11 +95,12 @@ class NBLoraMultiheadAttention(NBLoraLayer):
             )
         base: Any = self.get_base_layer()
         out_proj = base.out_proj.get_base_layer()
-        weights = [
-            (base, "in_proj_weight", self.adapted_weight(base.in_proj_weight)),
-            (out_proj, "weight", base.out_proj.adapted_weight(out_proj.weight)),
-        ]
-        return call_with(weights, partial(base, query, *args, **kwargs))
+        with one_at_a_time():
+            weights = [
+                (base, "in_proj_weight", self.adapted_weight(base.in_proj_weight)),
+                (out_proj, "weight", base.out_proj.adapted_weight(out_proj.weight)),
+            ]
+            return call_with(weights, partial(base, query, *args, **kwargs))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's LoRA applies the update of the output projection twice (0.21.2)."""

@@ -47,7 +47,7 @@ def combine(
     for name, layer in layers.items():
         sums[name], reach = _weighted_sum(layer, terms)
         radii[name] = reach * (bound or 1.0)
-    largest = {_target(name, layers[name]): radius.max().item() for name, radius in radii.items()}
+    largest = {layers[name].target(name): radius.max().item() for name, radius in radii.items()}
     tuner.peft_config[adapter_name] = replace(
         configs[0],
         r=rank,
@@ -80,16 +80,10 @@ def _weighted_sum(layer: NBLoraLayer, terms: dict[str, float]) -> tuple[LowRank,
         rights.append(update.right.double())
         reach = reach.to(update.left.device) + abs(weight * layer.scaling[name]) * layer.radius(name).double()
     total = LowRank(torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2))
-    if not bool(total.left.isfinite().all() & total.right.isfinite().all()):
-        raise ValueError(f"the adapters to add must be finite, got NaN or infinity in {sorted(terms)}")
+    small = reach.max() < torch.finfo(torch.float32).max
+    if not bool(total.left.isfinite().all() & total.right.isfinite().all() & small):
+        raise ValueError(f"the sum of adapters must be finite, got NaN or infinity from {terms}")
     return total, reach
-
-
-def _target(name: str, layer: NBLoraLayer) -> str:
-    """What PEFT calls the layer or parameter that an adapted layer adapts."""
-    if not isinstance(layer, ParamWrapper):
-        return name
-    return f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
 
 
 def _targets(configs: list[NBLoraConfig], layers: dict[str, NBLoraLayer]) -> dict[str, Any]:
@@ -123,9 +117,10 @@ def _check(
     known = tuner.peft_config
     if not adapters or len(set(adapters)) != len(adapters) or not set(adapters) <= known.keys():
         raise ValueError(f"adapters must be different names out of {sorted(known)}, got {list(adapters)}")
-    if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
+    numbers = isinstance(weights, Sequence) and all(isinstance(w, (int, float)) for w in weights)
+    if not numbers or len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
         raise ValueError(
-            f"weights must be one finite number for each of {len(adapters)} adapters, got {list(weights)}"
+            f"weights must be one finite number for each of {len(adapters)} adapters, got {weights!r}"
         )
     if adapter_name in known or "." in adapter_name or not adapter_name:
         raise ValueError(f"adapter_name must be new and without dots, got {adapter_name!r}")
@@ -139,7 +134,7 @@ def _check(
             f'svd_rank must be an integer >= 1, and is only for "svd", got svd_rank={svd_rank!r} and '
             f"{combination_type!r}"
         )
-    if bound is not None and not 0 < bound <= 1:
+    if bound is not None and (isinstance(bound, bool) or not 0 < bound <= 1):
         raise ValueError(
             f"bound must be in (0, 1], times the bound that the sum has anyway, got bound={bound!r}"
         )

@@ -13,7 +13,8 @@ from nblora.tuner.layer import NBLoraLayer
 class NBLoraEmbedding(NBLoraLayer):
     """NB-LoRA on nn.Embedding: as a linear layer of one-hot inputs, so m = embedding_dim, n = num_embeddings.
 
-    Dropout has no effect here, since there is nothing of an index to drop.
+    Dropout has no effect here, since there is nothing of an index to drop. The row of a padding index moves
+    with the others, since all of them are rows of one low-rank matrix.
     """
 
     in_name: ClassVar[str] = "nblora_embedding_in"
@@ -43,9 +44,8 @@ class NBLoraEmbedding(NBLoraLayer):
     def _dense(self, update: LowRank) -> Tensor:
         return update.dense().mT
 
-    def _added(self, adapter_name: str, x: Tensor) -> Tensor:
-        self._watch(adapter_name)
-        return self._apply_update(self._current_update(adapter_name), x)
+    def _dropped(self, adapter_name: str, x: Tensor) -> Tensor:
+        return x
 
     def _apply_update(self, update: LowRank, x: Tensor) -> Tensor:
         left, right = update.balanced_for(self.weight.dtype)

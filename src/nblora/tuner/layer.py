@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters, effective_rank, random_start, zero_start
 from nblora.tuner.config import NBLoraConfig
 from nblora.tuner.quantized import (
+    KeptWeight,
     is_packed,
-    keep,
     put_scales_right,
     quantization_backend,
     weight_by_its_action,
@@ -36,7 +36,8 @@ class _Merged(NamedTuple):
     update: LowRank  # as merged
     wrong: Tensor  # (c,) flat indices at which subtracting the update does not restore the weight
     values: Tensor  # (c,) the base weight there
-    restore: Callable[[], None] | None = None  # puts a quantized weight back
+    merged: Tensor  # (c,) the merged weight there: if another layer has changed it since, values are old
+    kept: KeptWeight | None = None  # where it is quantized
 
 
 class NBLoraLayer(nn.Module, BaseTunerLayer):
@@ -72,6 +73,8 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         merged: bool
         weight: Tensor
 
+    base_name: str = "weight"
+    """The name of the parameter of the base layer."""
     in_name: ClassVar[str] = "nblora_in"
     out_name: ClassVar[str] = "nblora_out"
     adapter_layer_names: tuple[str, ...] = ("nblora_in", "nblora_out", "nblora_angle", "nblora_scale")
@@ -164,6 +167,10 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
     @property
     def out_features(self) -> int:
         return self.out_in_features[0]
+
+    def target(self, module_name: str) -> str:
+        """What a configuration calls the adapted layer or parameter, from the name of this module."""
+        return module_name.replace(".base_layer", "")
 
     def has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self.method
@@ -343,8 +350,11 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         Thin factors in float32 or float64, also under autocast. The one home of the formula: forward,
         merge, certify and export start here.
         """
+        return self._scaled(adapter_name, self._unscaled_update(adapter_name))
+
+    def _unscaled_update(self, adapter_name: str) -> LowRank:
         free = self.free_parameters(adapter_name)
-        return self._scaled(adapter_name, self.method[adapter_name].update(free, self.radius(adapter_name)))
+        return self.method[adapter_name].update(free, self.nblora_radius[adapter_name]())
 
     def _scaled(self, adapter_name: str, update: LowRank) -> LowRank:
         scale = self.scaling[adapter_name]
@@ -366,7 +376,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             adapter_name,
             method,
             [leaf.weight for leaf in leaves],
-            lambda: method.update(self.free_parameters(adapter_name), self.radius(adapter_name)),
+            lambda: self._unscaled_update(adapter_name),
         )
         return self._scaled(adapter_name, update)
 
@@ -409,13 +419,15 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
     def scale_layer(self, scale: float) -> None:
         """Multiply the scales of all active adapters."""
         for adapter_name in filter(self.has_adapter, self.active_adapters):
-            self.scaling[adapter_name] *= _scale(scale)
+            self.scaling[adapter_name] = _scale(self.scaling[adapter_name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scales of all active adapters; without a number, set them to 1."""
         for adapter_name in filter(self.has_adapter, self.active_adapters):
             before = self.scaling[adapter_name]
-            self.scaling[adapter_name] = 1.0 if scale is None else before / _scale(scale)
+            self.scaling[adapter_name] = (
+                1.0 if scale is None else _scale(before / scale if scale else math.nan)
+            )
 
     # --------------------------------------------------------------------------------- merge
 
@@ -434,12 +446,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             ValueError: for `safe_merge` with such an update; the base weight is then unchanged.
                 Also for a quantized weight that can't be quantized again.
         """
-        backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise ValueError(
-                "an update can be merged only into a weight that can be quantized again, which "
-                f"{backend.backend_name} can't do here: use the adapter unmerged, or export it as a LoRA"
-            )
+        self.check_mergeable()
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if not self.has_adapter(adapter_name):
                 continue
@@ -458,31 +465,52 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
                 # (W + d) - d is not always W in floating point. Remembering the few entries where it
                 # differs makes unmerging exact without a second copy of the weight.
                 wrong = (_bits(self._without(merged, delta)) != _bits(weight)).flatten().nonzero()[:, 0]
-                self._merged[adapter_name] = _Merged(update, wrong, weight.flatten()[wrong])
+                values = weight.flatten()[wrong], merged.flatten()[wrong]
+                self._merged[adapter_name] = _Merged(update, wrong, *values)
             else:
                 nothing = torch.zeros(0, dtype=torch.long)
-                self._merged[adapter_name] = _Merged(update, nothing, nothing, keep(self))
+                self._merged[adapter_name] = _Merged(update, nothing, nothing, nothing, KeptWeight.of(self))
             self.set_base_weight(merged)
             self.merged_adapters.append(adapter_name)
+
+    def check_mergeable(self) -> None:
+        """Refuse base weights that cannot be changed.
+
+        Raises:
+            ValueError: if the weight can't be quantized again, or is computed from other parameters.
+        """
+        backend, base = self.quantization_backend, self.get_base_layer()
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(
+                "an update can be merged only into a weight that can be quantized again, which "
+                f"{backend.backend_name} can't do here: use the adapter unmerged, or export it as a LoRA"
+            )
+        if backend is None and not isinstance(base._parameters.get(self.base_name), nn.Parameter):
+            raise ValueError(
+                "an update can be merged only into a weight that is a parameter of its layer, not computed "
+                f"from others as by weight normalization, got such a {self.base_name!r} of "
+                f"{type(base).__name__}: use the adapter unmerged, or remove the parametrization first"
+            )
 
     def unmerge(self) -> None:
         """Take every merged update out of the base weight again.
 
-        The weight becomes bitwise what it was (up to rounding if it moved to another device meanwhile),
-        also if the adapter was trained on or loaded anew since.
+        The weight becomes bitwise what it was (up to rounding if it moved to another device meanwhile, or
+        adapted layers share it), also if the adapter was trained on or loaded anew since.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
             adapter_name = self.merged_adapters.pop()
-            update, wrong, values, restore = self._merged.pop(adapter_name)
-            if restore is not None:
-                restore()
+            update, wrong, values, merged, kept = self._merged.pop(adapter_name)
+            if kept is not None:
+                kept.put_back(self)
                 continue
             weight = self.get_base_weight()
             restored = self._without(weight, self._dense(update).to(weight.device))
-            restored.view(-1)[wrong.to(weight.device)] = values.to(weight)
+            untouched = _bits(weight.flatten()[wrong.to(weight.device)]) == _bits(merged.to(weight))
+            restored.view(-1)[wrong.to(weight.device)[untouched]] = values.to(weight)[untouched]
             self.set_base_weight(restored)
 
     @torch.no_grad()
@@ -556,7 +584,16 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
 
     def _added(self, adapter_name: str, x: Tensor) -> Tensor:
         self._watch(adapter_name)
-        return self._apply_update(self._current_update(adapter_name), self.nblora_dropout[adapter_name](x))
+        update = self._current_update(adapter_name)
+        if update.left.is_meta and not x.is_meta:  # PyTorch would compute with whatever is in memory
+            raise ValueError(
+                f"adapter {adapter_name!r} must be loaded before it is used, got it on the meta device"
+            )
+        return self._apply_update(update, self._dropped(adapter_name, x))
+
+    def _dropped(self, adapter_name: str, x: Tensor) -> Tensor:
+        dropped: Tensor = self.nblora_dropout[adapter_name](x)
+        return dropped
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
         """The base weight plus the updates of the active adapters, with their gradients.

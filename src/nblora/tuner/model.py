@@ -27,7 +27,7 @@ from nblora.tuner.combination import Combination, combine
 from nblora.tuner.config import NBLoraConfig, pattern_value
 from nblora.tuner.conv import NBLoraConv
 from nblora.tuner.embedding import NBLoraEmbedding
-from nblora.tuner.layer import NBLoraLayer
+from nblora.tuner.layer import NBLoraLayer, nblora_layers
 from nblora.tuner.linear import NBLoraLinear
 from nblora.tuner.parameter import ParamWrapper
 
@@ -48,7 +48,11 @@ class NBLoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        names = [*self.targeted_module_names, *self.targeted_parameter_names]
+        names = [layer.target(name) for name, layer in nblora_layers(model, adapter_name).items()]
+        for module in model.modules():
+            # decides from its base weights whether its layers are given nested tensors
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
         unmatched = [
             pattern
             for pattern in self.peft_config[adapter_name].bound_pattern
@@ -124,7 +128,16 @@ class NBLoraModel(BaseTuner):
                 peft_config.fan_in_fan_out = True
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is trained only once it is set active
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # in eval mode it takes the weight out of a layer without a hook, and leaves the update
+            layer.register_forward_pre_hook(_nothing)
         self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for module in self.model.modules():  # before the first of them is merged
+            if isinstance(module, NBLoraLayer):
+                module.check_mergeable()
 
     @classmethod
     def _get_adapter_state_dict(
@@ -226,6 +239,9 @@ class NBLoraModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _nothing(module: nn.Module, args: Any) -> None: ...
 
 
 def _with_names(

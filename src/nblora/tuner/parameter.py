@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,13 @@ from torch.nn.utils import parametrize
 from nblora.lowrank import LowRank
 from nblora.tuner.config import NBLoraConfig
 from nblora.tuner.layer import NBLoraLayer
+
+_LOCK = threading.RLock()
+
+
+def one_at_a_time() -> AbstractContextManager[Any]:
+    """What threads hold while weights of a module are replaced. (torch.compile traces no locks.)"""
+    return nullcontext() if torch.compiler.is_compiling() else _LOCK
 
 
 def call_with(weights: Sequence[tuple[nn.Module, str, Tensor]], call: Callable[[], Any]) -> Any:
@@ -62,8 +71,11 @@ class ParamWrapper(NBLoraLayer):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, *, parameter_name: str, **options: Any
     ) -> None:
-        self.parameter_name = parameter_name
+        self.base_name = self.parameter_name = parameter_name
         super().__init__(base_layer, adapter_name, **options)
+
+    def target(self, module_name: str) -> str:
+        return f"{super().target(module_name)}.{self.parameter_name}"
 
     def _check_base_layer(self, layer_name: str) -> None:
         parameter = self.get_base_weight()
@@ -129,6 +141,10 @@ class ParamWrapper(NBLoraLayer):
                 f"nblora.{type(self).__name__} does not support mixed adapter batches yet. All samples of a "
                 "batch share the adapted weight: call the model without adapter_names, after set_adapter"
             )
+        with one_at_a_time():
+            return self._forward(x, *args, **kwargs)
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         module, name = self.get_base_layer(), self.parameter_name
         weight = self.adapted_weight(getattr(module, name))
         if not parametrize.is_parametrized(module, name):

@@ -5,8 +5,7 @@ What PEFT has for them (`peft.utils.quantization_utils`) is used where it is rig
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,27 +53,37 @@ def put_scales_right(base_layer: nn.Module) -> None:
         state.absmax = scales.T.reshape(-1).float()
 
 
-def keep(layer: Any) -> Callable[[], None]:
-    """What puts the quantized weight of a tuner layer back as it is now, bit by bit.
+@dataclass(frozen=True)
+class KeptWeight:
+    """A quantized weight as it was before merging, bit by bit.
 
     Changing the weight makes new tensors, so keeping the old ones is enough.
     """
-    base = layer.get_base_layer()
-    if layer.quantization_backend.backend_name == "hqq":  # which replaces the whole layer
-        return partial(setattr, layer, "base_layer", layer.base_layer)
-    weight, state = base.weight, getattr(base, "state", None)
-    attributes = dict(getattr(weight, "__dict__", {}))  # PEFT writes into those of the old weight
-    # of bitsandbytes' 8-bit layers
-    scales = {name: getattr(state, name) for name in ("CB", "SCB") if hasattr(state, name)}
 
-    def restore() -> None:
+    replaced: nn.Module | None  # the base layer, where it is replaced as a whole
+    weight: Any
+    attributes: dict[str, Any]  # of the weight: PEFT writes into those of the old one
+    scales: dict[str, Any]  # of bitsandbytes' 8-bit layers
+
+    @staticmethod
+    def of(layer: Any) -> KeptWeight:
+        if layer.quantization_backend.backend_name == "hqq":
+            return KeptWeight(layer.base_layer, None, {}, {})
+        base = layer.get_base_layer()
+        state = getattr(base, "state", None)
+        scales = {name: getattr(state, name) for name in ("CB", "SCB") if hasattr(state, name)}
+        return KeptWeight(None, base.weight, dict(getattr(base.weight, "__dict__", {})), scales)
+
+    def put_back(self, layer: Any) -> None:
+        if self.replaced is not None:
+            layer.base_layer = self.replaced
+            return
+        base = layer.get_base_layer()
         del base.weight  # torchao does not let a weight be assigned over another
-        weight.__dict__.update(attributes)
-        base.weight = weight
-        for name, value in scales.items():
-            setattr(state, name, value)
-
-    return restore
+        self.weight.__dict__.update(self.attributes)
+        base.weight = self.weight
+        for name, value in self.scales.items():
+            setattr(base.state, name, value)
 
 
 @torch.no_grad()

@@ -106,6 +106,10 @@ class Radius(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
 
+    def forward(self) -> Tensor:
+        """The radius. Called where it is computed with: offloaded buffers are there only then."""
+        return self.weight
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Radius:
         before = self.weight
         super()._apply(fn, recurse)
@@ -158,7 +162,8 @@ class Factors(dict[str, _Kept]):
         if kept is None or not kept.is_of(method, sources):
             tensors = [s.clone() if s.device.type == "cpu" else s.detach() for s in sources]
             # keeping the tensors keeps their addresses from being given to others
-            kept = self[adapter_name] = _Kept(method, tensors, [s._version for s in sources], make())
+            versions = [0 if s.device.type == "cpu" else s._version for s in sources]
+            kept = self[adapter_name] = _Kept(method, tensors, versions, make())
         return kept.update
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -167,12 +172,14 @@ class Factors(dict[str, _Kept]):
 
 
 def readable(module: nn.Module) -> bool:
-    """Whether the tensor of a leaf module can be read without calling the module."""
+    """Whether the tensor of a leaf module can be read without calling the module, and compared later."""
+    weight: Any = module.weight
     return (
         type(module) in (FreeWeight, Radius)
+        and type(weight) in ((nn.Parameter,) if type(module) is FreeWeight else (Tensor,))
         and not module._forward_pre_hooks
         and not module._forward_hooks
         and "forward" not in module.__dict__
-        and type(module.weight) in (nn.Parameter, Tensor)
-        and not module.weight.is_meta
+        and not weight.is_meta
+        and (weight.device.type == "cpu" or not weight.is_inference())  # which have no versions
     )
