@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 import types
@@ -344,6 +345,20 @@ def test_several_adapters_merge_and_unmerge(kind: str, device: str, folder: Path
     assert not torch.equal(logits(model), expected)
     model.unmerge_adapter()
     assert same(weights(model), before)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(("kind", "device"), cases(devices=("cpu",)))
+def test_copies_of_merged_models_unmerge_on_their_own(kind: str, device: str, folder: Path) -> None:
+    model = adapted(quantized(kind, folder, device), bound=5.0)
+    expected = logits(model)
+    model.merge_adapter()
+    merged = logits(model)
+    copied = copy.deepcopy(model)
+    copied.unmerge_adapter()
+    assert torch.equal(logits(copied), expected)
+    assert torch.equal(logits(model), merged)
+    model.unmerge_adapter()
     assert torch.equal(logits(model), expected)
 
 

@@ -295,9 +295,8 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         put_scales_right(base)
         weight: Tensor
         if is_packed(base):  # Note [4-bit weights on a CPU]
-            weight = weight_by_its_action(
-                base, self.in_features, *self._get_base_layer_device_and_dtype(base)
-            )
+            device, dtype = self._get_base_layer_device_and_dtype(base)
+            weight = weight_by_its_action(base, self.in_features, device, dtype).to(dtype)
         else:
             weight = BaseTunerLayer.get_base_weight(self)
         return weight
