@@ -398,6 +398,28 @@ def test_a_configuration_with_broken_values_is_refused(values: dict[str, Any], f
     refused(folder, str(folder / CONFIG), "is not valid", *values)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"bound": 10**400}, {"norm": 10**400}, {"bound_pattern": {"q_proj": 10**400}}, {"target_parameters": 5}],
+    ids=str,
+)
+def test_values_beyond_their_types_are_refused(values: dict[str, Any], folder: Path) -> None:
+    change_config(folder, **values)
+    refused(folder, str(folder / CONFIG), "numbers must be finite" if 5 not in values.values() else "got 5")
+
+
+def test_a_deeply_nested_configuration_is_refused(folder: Path) -> None:
+    (folder / CONFIG).write_text("[" * 100_000 + "]" * 100_000)
+    refused(folder, str(folder / CONFIG), "nested too deeply")
+
+
+@pytest.mark.parametrize("source", [5, None])
+def test_what_is_no_source_is_refused(source: Any, tmp_path: Path) -> None:
+    refused(source, repr(source))
+    with pytest.raises(AdapterError, match=f"an adapter must be .* got {source!r}"):
+        export_lora(source, tmp_path / "out")
+
+
 def test_a_plain_lora_without_bounds_is_refused(tmp_path: Path) -> None:
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     refused(tmp_path, str(tmp_path / WEIGHTS), "a plain LoRA has no bounds to certify")
@@ -456,7 +478,18 @@ def test_an_export_has_the_certificate_of_its_source(tmp_path: Path) -> None:
         torch.testing.assert_close(first, torch.tensor(ours.singular_values), rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("metadata", ["{", "[]", "{}", '{"norm": "operator", "bounds": {}}'])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"norm": "operator", "bounds": {}}',
+        f'{{"norm": {10**400}, "bounds": {{}}}}',
+        "[" * 100_000 + "]" * 100_000,
+    ],
+    ids=range(6),
+)
 def test_damaged_bounds_of_an_export_are_refused(metadata: str, tmp_path: Path) -> None:
     export_lora(adapted(), tmp_path)
     tensors = load_file(weights_file(tmp_path))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from conftest import tiny_llama, tokens
 from lora_samples import CONFIG, WEIGHTS, Everything
-from nblora import NBLoraConfig, certify, export_lora
+from nblora import NBLoraConfig, certify, check_engines, export_lora
 from nblora.checkpoints import AdapterError, open_lora
 from nblora.tuner import nblora_layers
 from test_lora_layouts import small_unet
@@ -161,6 +161,22 @@ def test_a_rank_below_the_factors_is_exact_where_the_update_has_it(tmp_path: Pat
     assert certify(tmp_path).holds
 
 
+def test_a_small_singular_value_of_a_tall_layer_is_no_rounding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = NBLoraConfig(
+        r=2, parametrization="svd", norm="spectral", init_weights=False, target_modules=["0"]
+    )
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 60_000, bias=False)), config)
+    (layer,) = nblora_layers(model, "default").values()
+    with torch.no_grad():
+        # singular values of 1 and 1 % of the bound, if an angle of pi / 2 is all of it
+        layer.nblora_angle["default"].weight.copy_(torch.tensor([[1.5], [0.01]]) / 60_000**0.5)
+    values = certify(model).layers[0].singular_values
+    assert 0.001 < values[1] / values[0] < 0.05
+    with pytest.raises(AdapterError, match=r"got rank=1 for layer '0' with 2 singular values"):
+        export_lora(model, tmp_path / "out", rank=1)
+
+
 @pytest.mark.parametrize("rank", [0, -1, 1.5, True, "4"])
 def test_a_rank_that_is_none_is_refused(rank: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rank must be an integer >= 1, got rank="):
@@ -231,12 +247,67 @@ def test_components(layout: Any, component: str, start: str, tmp_path: Path) -> 
     (file,) = tmp_path.iterdir()
     tensors = load_file(file)
     assert start in tensors
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert {tensor.dtype for key, tensor in tensors.items() if "alpha" not in key} == {torch.bfloat16}
     certificate = certify(file)
     assert certificate.holds
     assert [layer.bound for layer in certificate.layers] == [layer.bound for layer in certify(model).layers]
     with safe_open(file, framework="pt") as opened:
         assert set(opened.metadata()) == {"format", "nblora_bounds"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_alphas_are_exact_in_every_precision(dtype: str, tmp_path: Path) -> None:
+    """2049 is the first integer that neither of the halves has."""
+    model = adapted(norm="frobenius")
+    export_lora(model, tmp_path, layout="kohya", component="text_encoder", dtype=dtype, rank=2049)
+    tensors = load_file(tmp_path / "lora.safetensors")
+    alphas = [tensor for key, tensor in tensors.items() if key.endswith(".alpha")]
+    assert {(alpha.item(), alpha.dtype) for alpha in alphas} == {(2049.0, torch.float32)}
+    assert {layer.scale for layer in open_lora(tmp_path).layers} == {1.0}
+
+
+def test_two_layers_of_one_name_are_refused(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "q": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
+    adapter = get_peft_model(model, NBLoraConfig(r=2, target_modules=["q_proj", "q.proj"]))
+    with pytest.raises(AdapterError, match=r"different names in the kohya layout, got 'lora_unet_q_proj\."):
+        export_lora(adapter, tmp_path / "out", layout="kohya", component="unet")
+    assert not list(tmp_path.iterdir())
+    export_lora(adapter, tmp_path / "out", layout="diffusers", component="unet")
+    assert len(certify(tmp_path / "out").layers) == 2
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_frozen_weight_of_an_adapted_embedding_stays_out(tied: bool, bias: Any, tmp_path: Path) -> None:
+    """PEFT saves it beside the adapter; engines refuse what is no factor."""
+    base = tiny_llama()
+    if tied:
+        base.tie_weights()
+    config = NBLoraConfig(
+        r=3, init_weights=False, target_modules=["embed_tokens", "lm_head", "q_proj"], bias=bias
+    )
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "ours", save_embedding_layers=True)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "ours" / WEIGHTS)
+    export_lora(tmp_path / "ours", tmp_path / "lora")
+    assert not open_lora(tmp_path / "lora").others
+    if bias == "none":
+        assert all(verdict.accepts for verdict in check_engines(tmp_path / "lora").verdicts)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
+    torch.testing.assert_close(out(loaded, tokens()), out(model, tokens()), rtol=0, atol=1e-5)
+
+
+def test_trained_biases_of_adapted_layers_are_kept(tmp_path: Path) -> None:
+    model = everything(bias="all", target_parameters=None)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "ours", save_embedding_layers=False)
+    export_lora(tmp_path / "ours", tmp_path / "lora")
+    x = torch.arange(11)[None]
+    loaded = PeftModel.from_pretrained(Everything(), tmp_path / "lora").eval()
+    torch.testing.assert_close(out(loaded, x), out(model, x), rtol=0, atol=1e-5)
 
 
 def test_layouts_without_a_place_for_it(tmp_path: Path) -> None:
@@ -312,7 +383,7 @@ def test_a_radius_of_an_expert_above_its_promise_is_found_out(tmp_path: Path) ->
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     honest = certify(tmp_path)
     assert honest.holds
-    assert sorted({layer.bound for layer in honest.layers}) == [0.2, 0.5]
+    assert sorted({layer.bound for layer in honest.layers}) == pytest.approx([0.2, 0.5])
     tensors = load_file(tmp_path / WEIGHTS)
     tensors["base_model.model.experts.nblora_radius.weight"][1] = 0.6
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})

@@ -239,6 +239,10 @@ def test_what_nblora_does_not_have_is_refused(tmp_path: Path) -> None:
         ({"use_dora": True}, "must not use DoRA"),
         ({"lora_bias": True}, "must not use lora_bias"),
         ({"layer_replication": [[0, 1]]}, "must not use layer_replication"),
+        (
+            {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"},
+            "must not use alora_invocation_tokens",
+        ),
     ):
         before = (tmp_path / "lora" / CONFIG).read_text()
         change_config(tmp_path / "lora", **values)

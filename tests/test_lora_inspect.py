@@ -160,6 +160,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, bool], str]] = {
     "an expression": ({"target_modules": ".*q_proj"}, no("SGLang"), "must be a list of names"),
     "biases": ({"bias": "all"}, no(*ENGINES), "bias must be 'none', got 'all'"),
     "further modules": ({"modules_to_save": ["score"]}, no(*ENGINES), "modules_to_save must be null"),
+    "activated LoRA": (
+        {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"},
+        no(*ENGINES),
+        "alora_invocation_tokens must be",
+    ),
+    "repeated layers": ({"layer_replication": [[0, 2], [1, 3]]}, no(*ENGINES), "layer_replication must be"),
     "no targets": ({"target_modules": None}, no(*ENGINES), "target_modules must name"),
 }
 

@@ -331,15 +331,28 @@ def test_pickles_are_never_loaded(suffix: str, tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
+PATTERNS = {"rank_pattern": {"q": 2}, "alpha_pattern": {"q": 3}}
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"use_dora": True}, "must not use DoRA"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "an unchanged base weight"),
+    "OLoRA": ({"init_lora_weights": "OLoRA"}, "an unchanged base weight"),
+    "LoftQ": (
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+        "got init_lora_weights='loftq', which changes it",
+    ),
     "another method": ({"peft_type": "IA3"}, "must be of a LoRA, got peft_type='IA3'"),
     "another rank": ({"r": 3}, "must have the rank 3 of the configuration, got 2 in"),
-    "no rank": ({"r": 0}, "the rank must be an integer >= 1, got 0"),
-    "a rank in words": ({"r": "two"}, "the rank must be an integer >= 1, got 'two'"),
-    "an infinite alpha": ({"lora_alpha": float("inf")}, "lora_alpha must be finite"),
-    "no number": ({"lora_alpha": "much"}, "needs a configuration with ranks and alphas"),
+    "no rank": ({"r": 0}, "must have an integer r >= 1, got r=0"),
+    "a rank in words": ({"r": "two"}, "must have an integer r >= 1, got r='two'"),
+    "a rank that no layer has": ({"r": "3"} | PATTERNS, "must have an integer r >= 1, got r='3'"),
+    "an infinite alpha": ({"lora_alpha": float("inf")}, "must have a finite number lora_alpha"),
+    "no number": ({"lora_alpha": "much"}, "must have a finite number lora_alpha, got lora_alpha='much'"),
+    "an alpha that no layer has": ({"lora_alpha": None} | PATTERNS, "got lora_alpha=None"),
+    "a large integer": ({"lora_alpha": 10**400}, "numbers must be finite floats, got one of 401 digits"),
+    "a rank of a pattern": ({"rank_pattern": {"q": 0}}, "the rank must be an integer >= 1, got 0"),
+    "an alpha of a pattern": ({"alpha_pattern": {"q": "6"}}, "needs a configuration with ranks and alphas"),
+    "an infinite alpha of a pattern": ({"alpha_pattern": {"q": float("inf")}}, "lora_alpha must be finite"),
+    "targets that are none": ({"target_parameters": 5}, "needs a configuration"),
 }
 
 
@@ -349,6 +362,19 @@ def test_a_configuration_that_does_not_fit_is_refused(case: str, tmp_path: Path)
     peft_folder(tmp_path, {"a.q": (UP, DOWN)}, r=2, lora_alpha=3)
     change_config(tmp_path, **values)
     refused(tmp_path, message)
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    peft_folder(tmp_path / "a", {"a.q": (UP, DOWN)}, r=2, lora_alpha=3)
+    (tmp_path / "a" / CONFIG).write_text(f'{{"peft_type": {deep}}}')
+    refused(tmp_path / "a", "nested too deeply")
+    for text, message in {
+        deep: "nested too deeply",
+        "[[1, 2]]": "a JSON object",
+        f'{{"r": 2, "lora_alpha": {10**400}}}': "numbers must be finite floats",
+    }.items():
+        refused(file_with(tmp_path / "b.safetensors", PAIR, lora_adapter_metadata=text), message)
 
 
 @pytest.mark.parametrize("missing", ["r", "lora_alpha"])

@@ -12,6 +12,11 @@ from nblora.checkpoints.tables import json_text, text_table
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 _VLLM_DEFAULT_RANK = 16
+# fields of LoraConfig that no engine reads
+_UNKNOWN_OPTIONS = {
+    "alora_invocation_tokens": "the update is only of the tokens after these, and would be of all",
+    "layer_replication": "names are those of a deeper model",
+}
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,9 @@ def _shared(file: LoraFile) -> list[str]:
     """What no engine serves."""
     assert file.config is not None
     problems = []
+    for field, effect in _UNKNOWN_OPTIONS.items():
+        if getattr(file.config, field, None):
+            problems.append(f"{field} must be null, for {effect}")
     if file.config.modules_to_save:
         problems.append(f"modules_to_save must be null, got {file.config.modules_to_save}")
     if file.config.bias != "none":

@@ -50,6 +50,9 @@ def export_lora(
     is measured in float64, and the factors are shrunk by the little that is needed until the bound
     holds for what is written. MATH.md §5.
 
+    PEFT's LoRA has no convolutions with groups, dilation or another padding than zeros. Those of a model
+    are refused; of a saved adapter nothing tells, so export it only where there are none.
+
     Args:
         source: a model with an NB-LoRA adapter, or a saved adapter.
         out_dir: folder to write; files of the same names in it are replaced.
@@ -68,7 +71,8 @@ def export_lora(
 
     Raises:
         AdapterError: if the source cannot be read or is not NB-LoRA, an update is not finite or has a
-            higher rank, or the folder cannot be written. Nothing is half written.
+            higher rank, two layers have one name in the layout, or the folder cannot be written. Nothing is
+            half written.
         ValueError: for an unknown dtype, layout or component, or a rank that is no positive integer.
     """
     dtype = _export_dtype(dtype)
@@ -100,7 +104,13 @@ def export_lora(
             _padded(_certified_rounding(_of_rank(matrix, rank, label), layer.norm, bound, dtype, label), rank)
             for matrix, bound, label in zip(layer.matrices, layer.bounds, layer.labels(name), strict=True)
         ]
-        tensors.update(names.tensors(name, layer, factors))
+        named = names.tensors(name, layer, factors)
+        if repeated := tensors.keys() & named.keys():
+            raise AdapterError(
+                f"layers must have different names in the {layout} layout, got {min(repeated)!r} of {name!r} "
+                "and of another one"
+            )
+        tensors.update(named)
         advance(done, len(adapter.layers))
     metadata = {"format": "pt", BOUNDS_KEY: json.dumps(_noted(adapter, names))}
     with atomic_folder(Path(out_dir)) as folder:
@@ -194,7 +204,7 @@ class _FileNames:
             key = f"{self.component}.{name}"
             return {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
         key = f"{_KOHYA_PREFIXES[self.component]}_{name.replace('.', '_')}"
-        alpha = torch.tensor(float(up.shape[1]), dtype=up.dtype)
+        alpha = torch.tensor(float(up.shape[1]))  # in half precision 259 would be 260
         return {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": alpha}
 
 
@@ -213,7 +223,8 @@ def _component(source: nn.Module | PathLike, config: NBLoraConfig) -> str:
         base = source.get_base_model() if isinstance(source, PeftModel) else source
         name = type(base).__name__
     else:
-        name = str((config.auto_mapping or {}).get("base_model_class"))
+        mapping = config.auto_mapping
+        name = str(mapping.get("base_model_class") if isinstance(mapping, dict) else mapping)
     if name.startswith("UNet"):
         return "unet"
     if "Transformer" in name and "Model" in name:
@@ -253,7 +264,7 @@ def _of_rank(update: LowRank, rank: int, name: str) -> LowRank:
     if update.rank <= rank:
         return update
     u, sigma, v = LowRank(update.left.double(), update.right.double()).svd()
-    rounding = 10 * max(update.shape) * torch.finfo(update.left.dtype).eps * sigma[0]
+    rounding = 32 * torch.finfo(update.left.dtype).eps * sigma[0]
     if sigma[rank:].numel() and not bool(sigma[rank] <= rounding):
         raise AdapterError(
             f"rank must be at least the rank of every update, got rank={rank} for layer {name!r} with "

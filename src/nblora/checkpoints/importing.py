@@ -160,7 +160,7 @@ def _kept_options(file: LoraFile, names: Iterable[str]) -> dict[str, Any]:
     lora = file.config
     if lora is None:
         return {"target_modules": "|".join(map(re.escape, names))}
-    for field in ("lora_bias", "layer_replication"):
+    for field in ("lora_bias", "layer_replication", "alora_invocation_tokens"):
         if getattr(lora, field, None):
             raise AdapterError(f"{file.config_file} must not use {field}, which NB-LoRA does not have")
     options = {field: getattr(lora, field) for field in _KEPT_OPTIONS}

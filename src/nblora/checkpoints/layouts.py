@@ -13,7 +13,6 @@ E experts in one pair: A (E k, n) expert by expert, B (m, k E) with the experts 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -22,7 +21,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from nblora.checkpoints.storage import AdapterError, TensorFile, one_line
+from nblora.checkpoints.storage import AdapterError, TensorFile, one_line, parse_json
 from nblora.tuner.config import pattern_value
 
 Layout = Literal["peft", "diffusers", "kohya"]
@@ -202,10 +201,13 @@ class _Scales:
         self.metadata: dict[str, Any] = {}
         if layout == "diffusers" and (text := file.metadata.get("lora_adapter_metadata")):
             try:
-                self.metadata = dict(json.loads(text))
-            except (ValueError, TypeError) as error:
+                self.metadata = parse_json(text)
+                if not isinstance(self.metadata, dict):
+                    raise ValueError(f"got {type(self.metadata).__name__}")
+            except ValueError as error:
                 raise _error(
-                    file, f"must have JSON in the metadata entry 'lora_adapter_metadata': {one_line(error)}"
+                    file,
+                    f"must have a JSON object as the metadata 'lora_adapter_metadata': {one_line(error)}",
                 ) from error
 
     def of_component(self, component: str | None) -> Mapping[str, Any] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +30,8 @@ _VARIANTS = (
     "arrow_config",
     "monteclora_config",
 )
-# starts of LoraConfig.init_lora_weights that subtract the first B A from the base weight
-_CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga")
+# starts of LoraConfig.init_lora_weights that change the base weight, most of them by the first B A
+_CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def locate(source: PathLike) -> tuple[Path, Path | None]:
     Raises:
         AdapterError: if there are none. Pickled weights are refused.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise AdapterError(f"an adapter must be a file, a folder or a hub repository, got {source!r}")
     path = Path(source)
     if path.is_file():
         if path.suffix in _PICKLES:
@@ -141,8 +145,13 @@ def _checked_config(config_file: Path, raw: dict[str, Any]) -> LoraConfig:
         raise AdapterError(f"{config_file} must have r and lora_alpha, got none of {' and '.join(missing)}")
     try:
         config = LoraConfig.from_peft_type(**raw)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever PEFT raises for fields of other types
         raise AdapterError(f"{config_file} is not valid: {one_line(error)}") from error
+    if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
+        raise AdapterError(f"{config_file} must have an integer r >= 1, got r={config.r!r}")
+    alpha = config.lora_alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise AdapterError(f"{config_file} must have a finite number lora_alpha, got lora_alpha={alpha!r}")
     for field in _VARIANTS:
         if getattr(config, field, None):
             reason = "which rescales the whole weight" if field == "use_dora" else "another method"
@@ -150,10 +159,11 @@ def _checked_config(config_file: Path, raw: dict[str, Any]) -> LoraConfig:
                 f"{config_file} must be of a plain LoRA, must not use {_label(field)}, {reason}"
             )
     start = config.init_lora_weights
-    if isinstance(start, str) and start.startswith(_CHANGED_BASES):
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
+        convertible = not start.startswith("loftq")  # which quantizes the base weight
         raise AdapterError(
             f"{config_file} must be of a LoRA on an unchanged base weight, got init_lora_weights={start!r}, "
-            "which changes it: save with path_initial_model_for_weight_conversion"
+            "which changes it" + convertible * ": save with path_initial_model_for_weight_conversion"
         )
     return config
 

@@ -182,6 +182,27 @@ def find_file(source: PathLike, file_name: str) -> Path:
         ) from error
 
 
+def parse_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: if it is none, is nested too deeply, or has an integer above every float.
+    """
+    try:
+        return json.loads(text, parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _integer(digits: str) -> int:
+    value = int(digits)
+    try:
+        float(value)
+    except OverflowError as error:
+        raise ValueError(f"numbers must be finite floats, got one of {len(digits)} digits") from error
+    return value
+
+
 def read_json(file: Path, rule: str) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -189,7 +210,7 @@ def read_json(file: Path, rule: str) -> dict[str, Any]:
         rule: what the file must be, for the error.
     """
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_text())
         if not isinstance(content, dict):
             raise ValueError(f"got {type(content).__name__}")
     except (OSError, ValueError) as error:
