@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 from conftest import tiny_llama
 from lora_samples import CONFIG, WEIGHTS, change_config, factors, peft_folder, product
 from nblora.bounds import parse_norm
-from nblora.checkpoints import AdapterError, clip_lora, spectra
+from nblora.checkpoints import AdapterError, clip_lora, inspect_lora, spectra
+from nblora.checkpoints.base import BaseWeights, Place
+from nblora.checkpoints.base import _Index as Index
 from nblora.checkpoints.spectra import clip_in_place, spectrum
 from nblora.demo import small_vit
 
@@ -240,6 +244,64 @@ def test_a_file_goes_into_a_folder_under_its_name(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     clip_lora(kohya_file(tmp_path / "a.safetensors"), tmp_path / "there", bound=1.0)
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("slash", [True, False])
+def test_the_weights_of_a_folder_take_their_configuration_along(
+    slash: bool, adapter: Path, tmp_path: Path
+) -> None:
+    """Else they would be read with the alpha of whatever lies in the target."""
+    target = tmp_path / "out"
+    if not slash:
+        peft_folder(target, {"a.q": factors(4, 4, 2, 1.0)}, r=2, lora_alpha=64)
+    clip_lora(adapter / WEIGHTS, f"{target}/" if slash else target, bound=1.0)
+    assert (target / CONFIG).read_bytes() == (adapter / CONFIG).read_bytes()
+    assert all(layer.spectral <= 1 + 1e-12 for layer in inspect_lora(target).layers)
+
+
+def test_what_is_no_regular_file_is_not_replaced(adapter: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / WEIGHTS)
+    for source, target in ((adapter / WEIGHTS, tmp_path / "pipe"), (adapter, tmp_path / "out")):
+        with pytest.raises(AdapterError, match=r"cannot be written: .* is no regular file there"):
+            clip_lora(source, target, bound=1.0)
+    assert (tmp_path / "pipe").is_fifo()
+    assert [path.is_fifo() for path in (tmp_path / "out").iterdir()] == [True]
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "pipe"}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_that_is_replaced_keeps_its_mode(whole: bool, adapter: Path) -> None:
+    (adapter / WEIGHTS).chmod(0o640)
+    clip_lora(*([adapter] if whole else [adapter / WEIGHTS]) * 2, bound=1.0)
+    assert stat.S_IMODE((adapter / WEIGHTS).stat().st_mode) == 0o640
+
+
+def test_finding_base_weights_is_linear_in_the_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted, not timed: how many names are looked at."""
+    seen = 0
+
+    def counted(self: Index, module: str, flattened: bool) -> list[str]:
+        nonlocal seen
+        found = candidates(self, module, flattened)
+        seen += len(found)
+        return found
+
+    candidates = Index.of
+    monkeypatch.setattr(Index, "of", counted)
+    names = [f"layers.{i}.{part}.proj" for i in range(50) for part in ("attn", "mlp")]
+    save_file({f"model.{name}.weight": torch.eye(2) for name in names}, tmp_path / "base.safetensors")
+    base = BaseWeights(tmp_path / "base.safetensors")
+    for flattened, form in ((False, "{}"), (False, "encoder.model.{}"), (True, "model_{}")):
+        seen = 0
+        for name in names:
+            asked = form.format(name.replace(".", "_") if flattened else name)
+            place = Place(asked, (2, 2), None, frozenset(["weight"]), flattened, "lora")
+            assert base.module_name(place) == f"model.{name}"
+        assert seen == len(names)
 
 
 def test_experts_have_a_bound_each(tmp_path: Path) -> None:

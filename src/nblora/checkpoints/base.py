@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,19 +45,49 @@ class Place:
         """The name without what PEFT adds where it nests wrappers."""
         return re.sub(r"(\.base_layer)+$", "", self.name)
 
-    def may_be(self, module: str) -> bool:
-        """Whether a name means this module; one of them may have a prefix that the other lacks."""
-        if self.flattened:
-            return module.replace(".", "_") == self.module
-        return (
-            module == self.module or module.endswith(f".{self.module}") or self.module.endswith(f".{module}")
-        )
-
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight has the shape of the update or, as in embeddings, of its transpose."""
         if self.experts is not None:
             return len(shape) == 3 and shape[0] == self.experts and set(shape[1:]) == set(self.shape)
         return len(shape) >= 2 and (shape[0], math.prod(shape[1:])) in (self.shape, self.shape[::-1])
+
+
+class _Index:
+    """Which weights may be of a module; its name or theirs may have a prefix that the other lacks.
+
+    Args:
+        keys: names of weights.
+    """
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self.exact: dict[str, list[str]] = {}
+        self.longer: dict[str, list[str]] = {}
+        self.flattened: dict[str, list[str]] = {}
+        for key in keys:
+            module = key.rpartition(".")[0]
+            self.exact.setdefault(module, []).append(key)
+            self.flattened.setdefault(module.replace(".", "_"), []).append(key)
+            for end in _ends(module):
+                self.longer.setdefault(end, []).append(key)
+
+    def of(self, module: str, flattened: bool) -> list[str]:
+        """Names of the weights that a module may have.
+
+        Args:
+            flattened: whether "_" in its name stands for "." too.
+        """
+        if flattened:
+            return self.flattened.get(module, [])
+        return [
+            *self.exact.get(module, []),
+            *self.longer.get(module, []),
+            *(key for end in _ends(module) for key in self.exact.get(end, [])),
+        ]
+
+
+def _ends(name: str) -> Iterator[str]:
+    """What follows each of the dots of a name."""
+    return (name[match.end() :] for match in re.finditer(r"\.", name))
 
 
 class BaseWeights:
@@ -79,6 +109,7 @@ class BaseWeights:
         self.tensors: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
         self.in_order = False
         self.loadable: Path | None = None
+        self.index = _Index()
         if isinstance(base, nn.Module):
             self.source = type(base).__name__
             self._use(base)
@@ -95,6 +126,7 @@ class BaseWeights:
         for tensors in map(TensorFile, files):
             for key, entry in tensors.entries.items():
                 self.tensors[key] = (entry.shape, partial(tensors.read, key))
+        self.index = _Index(self.tensors)
         if (path / "config.json").is_file():
             self.loadable = path
 
@@ -102,7 +134,9 @@ class BaseWeights:
         self.in_order = True  # which the tensors in a file are not
         for name, parameter in model.named_parameters(remove_duplicate=False):
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            self.tensors.pop(name, None)  # which would keep the order of a file
             self.tensors[name] = (tuple(parameter.shape), parameter.detach)
+        self.index = _Index(self.tensors)
 
     def _load(self) -> bool:
         """Whether a folder has a transformers model; its parameters are there then."""
@@ -146,8 +180,8 @@ class BaseWeights:
     def _weights(self, place: Place) -> tuple[str, Callable[[], Tensor]]:
         found = [
             key
-            for key in self.tensors
-            if key.rpartition(".")[2] in place.parameters and place.may_be(key.rpartition(".")[0])
+            for key in self.index.of(place.module, place.flattened)
+            if key.rpartition(".")[2] in place.parameters
         ]
         exact = [key for key in found if key.rpartition(".")[0] == place.module]
         if self.in_order and len(exact) > 1:

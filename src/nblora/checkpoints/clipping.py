@@ -133,8 +133,8 @@ def clip_lora(
 
     Args:
         src: a safetensors file of any layout, a folder, or a hub repository with a PEFT adapter.
-        dst: a file where `src` is one, else a folder, which gets the weights and adapter_config.json. May
-            be `src`.
+        dst: a folder, which gets the weights and adapter_config.json; where `src` is a file, else a file,
+            unless it is a folder or ends with a slash. May be `src`.
         norm: as in `NBLoraConfig`, or a `Norm`.
         bound: on every update, > 0.
         bound_kind: "absolute", or "relative": times the spectral norm of the layer's base weight.
@@ -150,18 +150,18 @@ def clip_lora(
     check_bound(bound, bound_kind, base)
     file = open_lora(src)
     name = file.tensors.path.name
-    if not Path(src).is_file():
+    # Path would drop a slash at the end
+    if not Path(src).is_file() or Path(dst).is_dir() or os.fspath(dst).endswith(("/", os.sep)):
         with atomic_folder(Path(dst)) as folder:
             report = _clip(file, folder / name, norm, bound, bound_kind, base, advance)
             if file.config_file is not None:
                 shutil.copyfile(file.config_file, folder / CONFIG_NAME)
         return report
-    target = Path(dst) / name if Path(dst).is_dir() else Path(dst)
     try:
-        with atomic_file(target) as temporary:
+        with atomic_file(dst) as temporary:
             return _clip(file, temporary, norm, bound, bound_kind, base, advance)
     except OSError as error:
-        raise AdapterError(f"{target} cannot be written: {one_line(error)}") from error
+        raise AdapterError(f"{dst} cannot be written: {one_line(error)}") from error
 
 
 def check_bound(bound: Any, bound_kind: str, base: object) -> None:

@@ -138,10 +138,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         target.mkdir(exist_ok=True)
         files = list(made.iterdir())
         for file in files:  # before the first of them moves
-            if (target / file.name).is_dir():
-                raise IsADirectoryError(f"{file.name} is a folder there")
+            _check_replaceable(target / file.name)
         for file in files:
-            os.replace(file, target / file.name)
+            _replace(target / file.name, file)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{target} cannot be written: {one_line(error)}") from error
     finally:
@@ -149,15 +148,32 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(made, ignore_errors=True)
 
 
+def _check_replaceable(target: Path) -> None:
+    if target.exists() and not target.is_file():
+        raise OSError(f"{target.name} is no regular file there")
+
+
+def _replace(target: Path, made: Path) -> None:
+    """Move a file that is whole to its place; it takes the mode of the one that was there."""
+    if target.exists():
+        shutil.copymode(target, made)
+    os.replace(made, target)
+
+
 @contextmanager
 def atomic_file(target: PathLike) -> Iterator[Path]:
-    """A path to write to, which becomes `target` once the block has ended without an error."""
+    """A path to write to, which becomes `target` once the block has ended without an error.
+
+    Raises:
+        OSError: if the target cannot be written, or is a folder, a device or a pipe.
+    """
     target = Path(target)
+    _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}-{secrets.token_hex(4)}"
     try:
         yield temporary
-        os.replace(temporary, target)
+        _replace(target, temporary)
     finally:
         temporary.unlink(missing_ok=True)
 
