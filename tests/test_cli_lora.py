@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from typer.testing import CliRunner, Result
 
 from conftest import TwoLayers
@@ -154,7 +156,7 @@ def broken(lora: Path, adapter: Path, base: Path, tmp_path: Path) -> Iterator[Pa
 MISTAKES = {
     "nan": ("nan", ["second.lora_B.weight"]),
     "mismatched shapes": ("shapes", ["second.lora_B.weight", "with the same k"]),
-    "rank 0": ("rank", ["the rank must be an integer >= 1, got 0"]),
+    "rank 0": ("rank", ["must have an integer r >= 1, got r=0"]),
     "DoRA": ("dora", ["must not use DoRA"]),
     "missing field": ("fields", ["must have r and lora_alpha, got none of lora_alpha"]),
     "truncated": ("cut.safetensors", ["must be an intact safetensors file"]),
@@ -208,6 +210,50 @@ def test_other_mistakes(broken: Path, lora: Path, adapter: Path) -> None:
     one_line(run("export", adapter, target, "--rank", 0), "rank must be an integer >= 1, got rank=0")
     one_line(run("export", adapter, target, "--rank", 1), "rank must be at least the rank of every update")
     one_line(run("inspect", lora, "--plot", broken / "plot.doc"), "a plot must be a .png, .pdf or .svg file")
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In colours too, where Rich would take them for its markup."""
+    monkeypatch.chdir(tmp_path)
+    name = "br[/x]ack"
+    config = NBLoraConfig(r=2, init_weights=False, target_modules=["0"])
+    get_peft_model(nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 4))}), config).save_pretrained("a[/b]")
+    for colours in ({}, {"FORCE_COLOR": "1", "COLUMNS": "150"}):
+        for command in (["certify", "a[/b]"], ["export", "a[/b]", "out[/c]"], ["inspect", "out[/c]"]):
+            result = CliRunner().invoke(app, command, env=colours)
+            assert result.exit_code == 0, result.output
+            assert name in result.stdout
+            assert command[-1] in result.stdout
+
+
+def test_certify_is_plain_text_in_a_pipe(adapter: Path) -> None:
+    certificate = certify(adapter)
+    assert run("certify", adapter).stdout == f"Certificate of {adapter}\n\n{certificate.to_table()}\n"
+
+
+def test_a_crash_is_no_broken_bound(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(path: str) -> None:
+        raise ZeroDivisionError("a mistake of ours")
+
+    monkeypatch.setattr("nblora.certify", crash)
+    result = run("certify", adapter)
+    assert result.exit_code == 2
+    assert "ZeroDivisionError: a mistake of ours" in result.stderr
+
+
+def test_a_hub_name_cannot_be_clipped_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one_line(run("clip", "someone/lora", "--bound", 1), "OUT must be given", "got 'someone/lora'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_says_defaults_and_limits() -> None:
+    """In brackets they would be markup, and not be there."""
+    helps = {command: run(command, "--help").stdout for command in ("compare", "export")}
+    texts = {command: " ".join(re.sub(r"[│\n]", " ", text).split()) for command, text in helps.items()}
+    assert all(f"Default: {value}." in texts["compare"] for value in ("nblora,lora", "8", "full"))
+    assert "Default: the largest of the adapter." in texts["export"]
+    assert "Not for convolutions with groups, dilation or padding other than with zeros" in texts["export"]
 
 
 def test_the_commands_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

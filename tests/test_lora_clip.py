@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from conftest import tiny_llama
 from lora_samples import CONFIG, WEIGHTS, change_config, factors, peft_folder, product
-from nblora.bounds import parse_norm
+from nblora.bounds import Profile, parse_norm
 from nblora.checkpoints import AdapterError, clip_lora, inspect_lora, spectra
 from nblora.checkpoints.base import BaseWeights, Place
 from nblora.checkpoints.base import _Index as Index
@@ -405,6 +405,11 @@ def test_nan_is_refused_by_name_and_nothing_is_written(adapter: Path, tmp_path: 
 def test_bounds_outside_their_rule_are_refused(options: dict[str, Any], adapter: Path) -> None:
     with pytest.raises(ValueError, match="bound must be a number, positive and finite, got bound="):
         clip_lora(adapter, adapter, **options)
+
+
+def test_a_profile_without_a_bound_for_each_singular_value(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"must have updates of finite norm.* \(a profile must have a bound"):
+        clip_lora(adapter, tmp_path / "out", norm=Profile([1.0, 0.5]), bound=1.0)
 
 
 def test_other_options_outside_their_rules_are_refused(adapter: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -184,6 +185,11 @@ def test_a_rank_that_is_none_is_refused(rank: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_rank_of_numpy(tmp_path: Path) -> None:
+    export_lora(adapted(), tmp_path, rank=np.int64(6))
+    assert json.loads((tmp_path / CONFIG).read_text())["r"] == 6
+
+
 # --- layouts ----------------------------------------------------------------------------------------
 
 
@@ -319,6 +325,9 @@ def test_layouts_without_a_place_for_it(tmp_path: Path) -> None:
             export_lora(everything(), target, layout=layout, component="unet")
         with pytest.raises(AdapterError, match=f"the {layout} layout must be of LoRA factors alone"):
             export_lora(adapted(modules_to_save=["lm_head"]), target, layout=layout, component="unet")
+    for component in ("a/b", "..", ""):
+        with pytest.raises(ValueError, match="component must be a name without dots or slashes, got"):
+            export_lora(adapted(), target, layout="diffusers", component=component)
     with pytest.raises(ValueError, match="component must be one of unet, "):
         export_lora(adapted(), target, layout="kohya", component="vae")
     with pytest.raises(ValueError, match="layout must be one of peft, diffusers, kohya, got layout='webui'"):
@@ -349,6 +358,15 @@ def test_there_and_back(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs the base model, or its files"):
         import_lora(tmp_path / "kohya", tmp_path / "x", bound=1.0, bound_kind="absolute")
     assert WEIGHTS in {path.name for path in (tmp_path / "kohya-ours").iterdir()}
+
+
+def test_an_adapter_is_not_replaced_by_its_export(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path / "ours", save_embedding_layers=False)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
+    for source in (tmp_path / "ours", tmp_path / "ours" / WEIGHTS):
+        with pytest.raises(AdapterError, match="must be another one than that of the adapter"):
+            export_lora(source, tmp_path / "ours")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()} == before
 
 
 def test_trained_tokens_and_tied_modules_survive(tmp_path: Path) -> None:

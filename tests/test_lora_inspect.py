@@ -124,6 +124,11 @@ def test_plots(suffix: str, lora: Path, tmp_path: Path) -> None:
         plot_spectra([inspection], "/proc/no/such/plot.png")
 
 
+def test_names_in_plots_are_no_formulas(tmp_path: Path) -> None:
+    peft_folder(tmp_path / "a$x^$", {"b$\\frac{$.q": factors(6, 4, 2, 1.0)}, r=2, lora_alpha=2)
+    plot_spectra([inspect_lora(tmp_path / "a$x^$")], tmp_path / "plot.svg")
+
+
 # --- serving engines --------------------------------------------------------------------------------
 
 ENGINES = ("vLLM", "SGLang", "llama.cpp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from rich.table import Table
 import nblora
 
 if TYPE_CHECKING:
+    from nblora.certificate import Certificate
     from nblora.checkpoints import CutReport
 
 app = typer.Typer(
@@ -65,21 +67,14 @@ def certify(
 
     Exit status: 0 if every bound holds, 1 if one is broken, 2 if the adapter can't be read.
     """
-    with _one_line_errors():
+    with _crashes_apart(), _one_line_errors():
         certificate = nblora.certify(path)
-    if json:
-        typer.echo(certificate.to_json())
-    else:
-        heading, *rows = certificate.rows()
-        table = Table(title=f"Certificate of {path}", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        table.add_column(heading[0], overflow="fold")
-        for name in heading[1:]:
-            table.add_column(name, no_wrap=True)
-        for row in rows:
-            table.add_row(*row, style=None if row[-1] == "yes" else "bold red")
-        console = Console()
-        console.print(table)
-        console.print(certificate.summary, style="green" if certificate.holds else "bold red")
+        if json:
+            typer.echo(certificate.to_json())
+        else:
+            styles = [None if layer.holds else "bold red" for layer in certificate.layers]
+            _print_rows(certificate.rows(), f"Certificate of {path}", styles)
+            _print_summary(certificate)
     raise typer.Exit(0 if certificate.holds else BROKEN)
 
 
@@ -111,7 +106,7 @@ def export(
         str, typer.Option(help="peft (for PEFT and serving engines), diffusers or kohya.")
     ] = "peft",
     rank: Annotated[
-        int | None, typer.Option(help="Of all layers.  [default: the largest of the adapter]")
+        int | None, typer.Option(help="Of all layers. Default: the largest of the adapter.")
     ] = None,
     component: Annotated[
         str | None,
@@ -120,6 +115,9 @@ def export(
     json: _Json = False,
 ) -> None:
     """Write an NB-LoRA adapter as a plain LoRA, exactly, and say which serving engines take it.
+
+    Not for convolutions with groups, dilation or padding other than with zeros, which PEFT's LoRA does not
+    have: a saved adapter does not tell of them.
 
     Exit status: 0 if done, 2 for input that cannot be used; nothing is written then.
     """
@@ -199,6 +197,8 @@ def clip(
     Exit status: 0 if done, 2 for input that cannot be used; nothing is written then.
     """
     with _one_line_errors(), _layers_bar("Clipping") as advance:
+        if out is None and not Path(path).exists():
+            raise ValueError(f"OUT must be given where the LoRA is no path here, got {path!r}")
         report = nblora.clip_lora(
             path,
             path if out is None else out,
@@ -273,8 +273,14 @@ def _print_report(report: CutReport, json: bool, title: str, done: str) -> None:
     typer.echo(f"{report.summary} {done}")
 
 
-def _print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:
-    """A table; aligned plain text where the output is a file or a pipe."""
+def _print_rows(
+    rows: Sequence[tuple[str, ...]], title: str, styles: Sequence[str | None] | None = None
+) -> None:
+    """A table; aligned plain text where the output is a file or a pipe.
+
+    Args:
+        styles: of the rows below the heading.
+    """
     console = Console()
     if not console.is_terminal:
         from nblora.checkpoints.tables import text_table
@@ -282,13 +288,18 @@ def _print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:
         typer.echo(f"{title}\n\n{text_table(rows)}\n")
         return
     heading, *others = rows
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in heading:
         folds = name in ("layer", "why")
         table.add_column(name, overflow="fold", no_wrap=not folds, min_width=16 if folds else None)
-    for row in others:
-        table.add_row(*map(escape, row))
+    for row, style in zip(others, styles or [None] * len(others), strict=True):
+        table.add_row(*map(escape, row), style=style)
     console.print(table)
+
+
+def _print_summary(certificate: Certificate) -> None:
+    style = "green" if certificate.holds else "bold red"
+    Console().print(certificate.summary, style=style, markup=False, soft_wrap=True)
 
 
 def _joined(**reports: Any) -> str:
@@ -361,6 +372,7 @@ def demo(
         f"Wrote to {out}: adapter/, its certificate.json, lora/ (a plain LoRA for PEFT), tradeoff.png, "
         "results.json",
         highlight=False,
+        markup=False,
     )
 
 
@@ -474,12 +486,13 @@ def finetune(
     if first:
         console = Console()
         console.print(_scores_table(result.metrics))
-        console.print(result.certificate.summary, style="green" if result.certificate.holds else "bold red")
+        _print_summary(result.certificate)
         report_too = " report.html shows it all." if report else ""
         console.print(
             f"Wrote to {out}: adapter/, lora/ (a plain LoRA), certificate.json, metrics.json, config.yaml."
             f"{report_too}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
 
@@ -511,21 +524,21 @@ def compare(
         str | None,
         typer.Option(
             help="nblora, lora, rslora, dora, pissa, lora+, delora, oft, hra, full; NB-LoRA's variants as "
-            "nblora-svd, nblora-spectral, nblora-svd-nuclear, ...; with commas.  [default: nblora,lora]"
+            "nblora-svd, nblora-spectral, nblora-svd-nuclear, ...; with commas. Default: nblora,lora.",
         ),
     ] = None,
     learning_rates: Annotated[
-        str | None, typer.Option(help="With commas.  [default: 1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1]")
+        str | None, typer.Option(help="With commas. Default: 1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1.")
     ] = None,
-    ranks: Annotated[str | None, typer.Option(help="With commas.  [default: 8]")] = None,
-    epochs: Annotated[str | None, typer.Option(help="With commas.  [default: 3]")] = None,
-    bounds: Annotated[str | None, typer.Option(help="Of NB-LoRA, with commas.  [default: 0.3]")] = None,
-    seeds: Annotated[str | None, typer.Option(help="With commas.  [default: 0]")] = None,
+    ranks: Annotated[str | None, typer.Option(help="With commas. Default: 8.")] = None,
+    epochs: Annotated[str | None, typer.Option(help="With commas. Default: 3.")] = None,
+    bounds: Annotated[str | None, typer.Option(help="Of NB-LoRA, with commas. Default: 0.3.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="With commas. Default: 0.")] = None,
     grid: Annotated[
         str | None,
         typer.Option(
-            help="full: every combination. star: ranks at the middle epochs, epochs at the middle rank.  "
-            "[default: full]"
+            help="full: every combination. star: ranks at the middle epochs, epochs at the middle rank. "
+            "Default: full."
         ),
     ] = None,
     config: _Config = None,
@@ -535,7 +548,7 @@ def compare(
     max_train_samples: _MaxTrain = None,
     max_eval_samples: _MaxEval = None,
     workers: Annotated[
-        int | None, typer.Option(help="Runs at once.  [default: a run on each GPU, or on two cores]")
+        int | None, typer.Option(help="Runs at once. Default: a run on each GPU, or on two cores.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Cores of each run.")] = None,
     ray: Annotated[
@@ -601,6 +614,7 @@ def compare(
                         f"{record['method']} at {record['learning_rate']:g}: {record['status']} "
                         f"{record['error'] or ''}",
                         style="yellow",
+                        markup=False,
                     )
 
             try:
@@ -622,12 +636,13 @@ def compare(
         heading, rows = comparison_rows(comparison, brief=True)
         table = Table(*heading, box=SIMPLE_HEAD)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
     console.print(
         f"Wrote to {out}: comparison.json, comparison.csv, runs.csv"
         + (", figures/ and report.html" if report else ""),
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -782,6 +797,18 @@ def _own_warnings_in_one_line() -> Iterator[None]:
 
         warnings.showwarning = briefly
         yield
+
+
+@contextmanager
+def _crashes_apart() -> Iterator[None]:
+    """The traceback of an error of our own, and exit status 2: Python's 1 would mean a broken bound."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception:
+        traceback.print_exc()
+        raise typer.Exit(UNREADABLE) from None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from nblora.bounds import Norm, parse_norm
+from nblora.bounds import Norm, Profile, parse_norm
 from nblora.checkpoints.base import BaseWeights
 from nblora.checkpoints.layouts import LoraLayer
 from nblora.checkpoints.lora import LoraFile, open_lora
@@ -254,8 +254,10 @@ def _clip_layer(
         try:
             spectra = clip_in_place(left, right, layer.scale, norm, bound)
         except ArithmeticError as error:
+            rule = "updates of finite norm" if isinstance(norm, Profile) else "finite updates"
             raise AdapterError(
-                f"{file.tensors.path} must have finite updates, from {layer.down!r} and {layer.up!r}, {error}"
+                f"{file.tensors.path} must have {rule}, from {layer.down!r} and {layer.up!r}, {error}"
+                + " (a profile must have a bound > 0 for every singular value)" * isinstance(norm, Profile)
             ) from error
         cuts.append(cut(label, layer.shape, layer.rank, bound, spectra, norm))
     if any(each.changed for each in cuts):

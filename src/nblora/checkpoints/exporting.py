@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,9 +80,13 @@ def export_lora(
     dtype = _export_dtype(dtype)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got layout={layout!r}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank must be an integer >= 1, got rank={rank!r}")
+    if rank is not None:
+        rank = _checked_rank(rank)
+    if component is not None and not re.fullmatch(r"\w+", component):
+        raise ValueError(f"component must be a name without dots or slashes, got component={component!r}")
     adapter = read_adapter(source, adapter_name)
+    if not isinstance(source, nn.Module):
+        _check_apart(Path(source), Path(out_dir))
     config = adapter.config
     if not isinstance(config, NBLoraConfig):
         raise AdapterError("the adapter to export must be NB-LoRA, got a plain LoRA")
@@ -121,6 +127,21 @@ def export_lora(
         contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(contiguous, exported_file(folder, layout), metadata=metadata)
     return Path(out_dir)
+
+
+def _checked_rank(rank: Any) -> int:
+    """A Python int, also of NumPy's integers, which JSON cannot hold."""
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
+        raise ValueError(f"rank must be an integer >= 1, got rank={rank!r}")
+    return int(rank)
+
+
+def _check_apart(source: Path, out_dir: Path) -> None:
+    """Refuse to replace the adapter that is exported, which can be trained further, and a LoRA cannot."""
+    if not source.exists() or not out_dir.is_dir():
+        return
+    if (source if source.is_dir() else source.parent).samefile(out_dir):
+        raise AdapterError(f"the folder to write must be another one than that of the adapter, got {out_dir}")
 
 
 def _check_convertible(source: nn.Module | PathLike, adapter_name: str, adapter: Adapter) -> None:

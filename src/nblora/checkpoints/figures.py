@@ -43,10 +43,14 @@ def plot_spectra(inspections: Sequence[Inspection], file: PathLike) -> None:
                 label=layer.name if most else None,
             )
         curves.set(title=inspection.source, xlabel="number", ylabel="singular value", yscale="log")
-        curves.legend(loc="upper right")
+        curves.title.set_parse_math(False)  # "$" in a name is no formula
+        for text in curves.legend(loc="upper right").get_texts():
+            text.set_parse_math(False)
         first = inspection.layers[:_MOST][::-1]
         bars.barh([layer.name for layer in first], [layer.danger for layer in first], color="#2a6fbb")
         bars.tick_params(axis="y", labelsize=7)
+        for text in bars.get_yticklabels():
+            text.set_parse_math(False)
         what = "spectral norm / that of the base weight" if inspection.relative else "spectral norm"
         bars.set(title="most dangerous layers", xlabel=what)
     try:
