@@ -47,6 +47,7 @@ def in_two_processes(work: Callable[[int], Any], folder: Path) -> list[Any]:
     def process(rank: int) -> None:
         os.environ.update({name: str(rank) for name in ("RANK", "LOCAL_RANK")})
         os.environ.update(dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2"))
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate warns without it, as torchrun sets it
         dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
         torch.save(work(rank), f"{results[rank]}-unfinished")
         Path(f"{results[rank]}-unfinished").rename(results[rank])
