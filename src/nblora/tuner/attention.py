@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nblora.lowrank import LowRank
@@ -63,21 +62,6 @@ class NBLoraMultiheadAttention(NBLoraLayer):
     def out_in_features(self) -> tuple[int, int]:
         m, n = self.get_base_weight().shape
         return m, n
-
-    def get_base_weight(self) -> Tensor:
-        base: Any = self.get_base_layer()
-        weight: Tensor = base.in_proj_weight.data
-        return weight
-
-    def set_base_weight(self, weight_data: Tensor) -> None:
-        base: Any = self.get_base_layer()
-        base.in_proj_weight.data = weight_data
-
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
-        weight = self.get_base_weight()
-        return weight.device, weight.dtype
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight

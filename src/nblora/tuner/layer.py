@@ -64,7 +64,6 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
     if TYPE_CHECKING:  # PEFT is not typed; what of it is used here
 
         def get_base_layer(self) -> nn.Module: ...
-        def set_base_weight(self, weight_data: Tensor) -> None: ...
         def _get_embed_scale(self) -> Tensor | None: ...
         def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None: ...
 
@@ -292,14 +291,24 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
     def get_base_weight(self) -> Tensor:
         """The base weight, dequantized where it is quantized."""
         base = self.get_base_layer()
-        put_scales_right(base)
         weight: Tensor
+        if self.quantization_backend is None:
+            weight = getattr(base, self.base_name).data
+            return weight
+        put_scales_right(base)
         if is_packed(base):  # Note [4-bit weights on a CPU]
             device, dtype = self._get_base_layer_device_and_dtype(base)
             weight = weight_by_its_action(base, self.in_features, device, dtype).to(dtype)
         else:
             weight = BaseTunerLayer.get_base_weight(self)
         return weight
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Change the base weight, which is quantized again where it was."""
+        if self.quantization_backend is None:
+            getattr(self.get_base_layer(), self.base_name).data = weight_data
+        else:
+            BaseTunerLayer.set_base_weight(self, weight_data)
 
     def _measurable_weight(self) -> Tensor:
         """The base weight, also where only its action can be had."""
@@ -308,6 +317,9 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
+        if self.base_name != "weight":  # the only parameter that PEFT looks at
+            weight = self.get_base_weight()
+            return weight.device, weight.dtype
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         if device is None and isinstance(packed := getattr(base_layer, "W_q", None), Tensor):  # HQQ
             device = packed.device

@@ -106,19 +106,6 @@ class ParamWrapper(NBLoraLayer):
         m, n = self.get_base_weight().shape[-2:]
         return (n, m) if self._transposed else (m, n)
 
-    def get_base_weight(self) -> Tensor:
-        weight: Tensor = getattr(self.get_base_layer(), self.parameter_name).data
-        return weight
-
-    def set_base_weight(self, weight_data: Tensor) -> None:
-        getattr(self.get_base_layer(), self.parameter_name).data = weight_data
-
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
-        weight = self.get_base_weight()
-        return weight.device, weight.dtype
-
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if self._transposed else weight
 
