@@ -6,8 +6,14 @@ given, k is the number of columns and p >= k the number of rows of a tall matrix
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from nblora.lowrank import plain_operations_only
 
 # Note [Staying inside in floating point]
 #
@@ -43,30 +49,129 @@ def tall_cayley(free: Tensor) -> Tensor:
     Raises:
         ValueError: if p < k, or the dtype is neither float32 nor float64.
     """
-    _, k = _tall_shape(free, "free")
-    eps = torch.finfo(free.dtype).eps
-    largest = torch.finfo(free.dtype).max ** 0.35
-    free = free.clamp(-largest, largest)
-    x, y = free[..., :k, :], free[..., k:, :]  # (..., k, k), (..., p - k, k)
-    gram = y.mT @ y
-    skew = x - x.mT
+    p, k = _tall_shape(free, "free")
+    batch_shape = free.shape[:-2]
+    ((rows,),) = tall_cayleys([[free.mT.reshape(batch_shape.numel(), k, p)]])
+    return rows.reshape(*batch_shape, k, p).mT
+
+
+def tall_cayleys(batches: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Several batches of tall matrices through the Cayley transform, with one batched inverse for all.
+
+    Matrices of one batch have one shape. Each is given transposed and in pieces along its long axis, since
+    that is how adapters store it; so nothing is transposed or joined.
+
+    Args:
+        batches: of pieces (b, k, p_i), float32 or float64; k is the same for all, p_0 >= k.
+
+    Returns:
+        the results of `tall_cayley`, in the shapes of their pieces.
+    """
+    counts = [len(pieces) for pieces in batches]
+    flat = [piece for pieces in batches for piece in pieces]
+    rows = _transform(counts, flat)[0] if plain_operations_only() else _Cayley.apply(counts, *flat)
+    return _regrouped(counts, rows)
+
+
+def _regrouped(counts: Sequence[int], flat: Sequence[Tensor]) -> list[list[Tensor]]:
+    remaining = iter(flat)
+    return [list(islice(remaining, count)) for count in counts]
+
+
+def _transform(counts: Sequence[int], flat: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The transformed pieces; N = (I + Z)^-T (L, k, k) and lengths (L, 1, 1) of all L matrices.
+
+    In rows, with P the transpose of X: N = (I + P - P^T + Y^T Y)^-1, and the result is [2 N - I, -2 N Y^T].
+    """
+    batches = _regrouped(counts, [_clamped(piece) for piece in flat])
+    k = flat[0].shape[-2]
+    eps = torch.finfo(flat[0].dtype).eps
+    skew = torch.cat([pieces[0][..., :k] for pieces in batches])  # (L, k, k)
+    skew = skew - skew.mT
+    gram = torch.cat([_gram(_below(pieces, k)) for pieces in batches])
     with torch.no_grad():
-        sizes = k**0.5 * gram.diagonal(dim1=-2, dim2=-1) + skew.abs().amax(-2)  # (..., k)
+        sizes = k**0.5 * gram.diagonal(dim1=-2, dim2=-1) + skew.abs().amax(-1)  # (L, k)
         ridge = 4 * eps * sizes
     # inv_ex: the checked inverse would wait for the device; I + Z is invertible by construction
     inverse = torch.linalg.inv_ex(gram + skew + torch.diag_embed(1 + ridge)).inverse
-    eye = torch.eye(k, dtype=free.dtype, device=free.device)
-    columns = torch.cat([2 * inverse - eye, -2 * (y @ inverse)], dim=-2)
-    return columns / _length(columns)
+    eye = torch.eye(k, dtype=inverse.dtype, device=inverse.device)
+    results = []
+    inverses = inverse.split([len(pieces[0]) for pieces in batches])
+    for pieces, own in zip(batches, inverses):
+        below = [-2 * (own @ piece) for piece in _below(pieces, k)]
+        results.append([torch.cat([2 * own - eye, below[0]], dim=-1), *below[1:]])
+    length = _length(torch.cat([_gram(rows) for rows in results]).detach())
+    lengths = length.split([len(pieces[0]) for pieces in batches])
+    rows = [piece / own for pieces, own in zip(results, lengths) for piece in pieces]
+    return rows, inverse, length
 
 
-@torch.no_grad()
-def _length(columns: Tensor) -> Tensor:
-    """An upper bound (..., 1, 1) of the spectral norm, never below 1. See Note [Staying inside ...]."""
-    gram = columns.mT @ columns
+class _Cayley(torch.autograd.Function):
+    """`_transform` with its gradient written out, which keeps k x k matrices and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, counts: Sequence[int], *flat: Tensor) -> tuple[Tensor, ...]:
+        rows, inverse, length = _transform(counts, flat)
+        ctx.counts = counts
+        ctx.save_for_backward(*flat, inverse, length)
+        return tuple(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *flat, inverse, length = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody differentiates the gradient
+            return None, *torch.autograd.grad(_transform(ctx.counts, flat)[0], flat, grads, create_graph=True)
+        k = inverse.shape[-1]
+        batches = _regrouped(ctx.counts, [_clamped(piece) for piece in flat])
+        by_batch = _regrouped(ctx.counts, grads)
+        sizes = [len(pieces[0]) for pieces in batches]
+        # what reaches N / length, the factor of every piece
+        reached = [
+            2 * own[0][..., :k] - 2 * sum(g @ y.mT for g, y in zip(_below(own, k), _below(pieces, k)))
+            for own, pieces in zip(by_batch, batches)
+        ]
+        factor = inverse / length
+        # what reaches the inverted matrix
+        inner = -length * (factor.mT @ torch.cat(reached) @ factor.mT)
+        skew, symmetric = inner - inner.mT, inner + inner.mT
+        results: list[Tensor] = []
+        for own, pieces, f, a, s in zip(
+            by_batch, batches, factor.split(sizes), skew.split(sizes), symmetric.split(sizes)
+        ):
+            below = [
+                torch.baddbmm(s @ y, f.mT, g, alpha=-2) for g, y in zip(_below(own, k), _below(pieces, k))
+            ]
+            results += [torch.cat([a, below[0]], dim=-1), *below[1:]]
+        return None, *results
+
+
+def _below(pieces: Sequence[Tensor], k: int) -> list[Tensor]:
+    """The pieces without P, the first k columns."""
+    return [pieces[0][..., k:], *pieces[1:]]
+
+
+def _clamped(piece: Tensor) -> Tensor:
+    largest = torch.finfo(piece.dtype).max ** 0.35
+    return piece.clamp(-largest, largest)
+
+
+def _gram(pieces: Sequence[Tensor]) -> Tensor:
+    """The products (b, k, k) of the rows of (b, k, p_i) with each other."""
+    gram = pieces[0] @ pieces[0].mT
+    for piece in pieces[1:]:
+        gram = torch.baddbmm(gram, piece, piece.mT)
+    return gram
+
+
+def _length(gram: Tensor) -> Tensor:
+    """An upper bound (b, 1, 1) of the spectral norm, never below 1. See Note [Staying inside ...].
+
+    Args:
+        gram: (b, k, k) the products of the columns with each other.
+    """
     # the largest absolute row sum bounds the spectral norm of a symmetric matrix
     squared = gram.abs().sum(-1).amax(-1)[..., None, None]
-    return squared.clamp(min=1).sqrt() * (1 + 4 * torch.finfo(columns.dtype).eps)
+    return squared.clamp(min=1).sqrt() * (1 + 4 * torch.finfo(gram.dtype).eps)
 
 
 def inverse_tall_cayley(columns: Tensor) -> tuple[Tensor, Tensor]:

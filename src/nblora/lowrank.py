@@ -18,6 +18,21 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device_type=device, enabled=False)
 
 
+def plain_operations_only() -> bool:
+    """Whether whoever looks into computations now needs PyTorch's own operations, as they are.
+
+    torch.compile and export, torch.func's transforms, forward-mode differentiation and torch.jit.trace: what
+    is written for speed (autograd functions, changes in place) has to stay away from them.
+    """
+    compiling: bool = torch.compiler.is_compiling()
+    return (
+        compiling
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
+
+
 class ThinSVD(NamedTuple):
     """u (..., m, k), sigma (..., k) in descending order, v (..., n, k)."""
 

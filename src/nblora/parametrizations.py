@@ -11,7 +11,7 @@ rank. "out" is the paper's A and acts on outputs, "in" is the paper's B and acts
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nblora.bounds import Norm
-from nblora.cayley import inverse_tall_cayley, random_frame, tall_cayley
+from nblora.cayley import inverse_tall_cayley, random_frame, tall_cayleys
 from nblora.lowrank import LowRank, full_precision
 
 Parametrization = Literal["joint", "svd"]
@@ -87,28 +87,67 @@ def bounded_update(
         left (..., m, k) and right (..., k, n) with sigma_j(left @ right) <= s_[j] and norm <= radius,
         in the parameters' precision.
     """
-    if free.out.dtype != torch.float64:
-        free = free.map(Tensor.float)
-    with full_precision(free.out):
-        return _bounded_update(free, norm, radius, parametrization, temperature)
+    batch_shape = free.out.shape[:-2]
+    count = batch_shape.numel()
+    flat = free.map(lambda tensor: tensor.reshape(count, *tensor.shape[len(batch_shape) :]))
+    (update,) = bounded_updates(
+        [flat],
+        norm=norm,
+        radii=[radius.expand(batch_shape).reshape(count)],
+        parametrization=parametrization,
+        temperature=temperature,
+    )
+    return LowRank(
+        update.left.reshape(*batch_shape, *update.left.shape[1:]),
+        update.right.reshape(*batch_shape, *update.right.shape[1:]),
+    )
 
 
-def _bounded_update(
-    free: FreeParameters, norm: Norm, radius: Tensor, parametrization: Parametrization, temperature: float
-) -> LowRank:
-    scales = norm.scales(free.logits, radius.to(free.out), free.rank, temperature)
+def bounded_updates(
+    batches: Sequence[FreeParameters],
+    *,
+    norm: Norm,
+    radii: Sequence[Tensor],
+    parametrization: Parametrization,
+    temperature: float = 1.0,
+) -> list[LowRank]:
+    """`bounded_update` for batches of different (m, n) and one k, with one batched inverse for all of them.
+
+    Args:
+        batches: each with one leading axis, of any length b; all on one device.
+        radii: (b,) for each batch.
+        norm, parametrization, temperature: as in `bounded_update`.
+    """
+    if batches[0].out.dtype != torch.float64:
+        batches = [free.map(Tensor.float) for free in batches]
+    with full_precision(batches[0].out):
+        return _bounded_updates(batches, norm, radii, parametrization, temperature)
+
+
+def _bounded_updates(
+    batches: Sequence[FreeParameters],
+    norm: Norm,
+    radii: Sequence[Tensor],
+    parametrization: Parametrization,
+    temperature: float,
+) -> list[LowRank]:
+    rank, sizes = batches[0].rank, [len(free.out) for free in batches]
+    logits = [free.logits for free in batches if free.logits is not None]
+    radius = torch.cat(list(radii)).to(batches[0].out)
+    scales = norm.scales(torch.cat(logits) if logits else None, radius, rank, temperature).split(sizes)
     if parametrization == "joint":
-        n = free.into.shape[-1]
-        columns = tall_cayley(torch.cat([free.into, free.out], dim=-1).mT)  # (..., n + m, k)
-        b, a = columns[..., :n, :].mT, columns[..., n:, :]  # B (..., k, n), A^T (..., m, k)
-        return LowRank(2 * a * scales[..., None, :], b)
+        rows = tall_cayleys([(free.into, free.out) for free in batches])  # B (b, k, n), A (b, k, m)
+        return [LowRank((a * (2 * s)[..., None]).mT, b) for (b, a), s in zip(rows, scales)]
     if parametrization == "svd":
-        if free.angle is None:
-            raise ValueError("the svd parametrization needs angles, got angle=None")
-        u, v = tall_cayley(free.out.mT), tall_cayley(free.into.mT)
-        # Note [The unit of an angle]; clamped, since the sine of an overflow would be NaN
-        sine = (free.angle.clamp(-1e30, 1e30) * math.sqrt(u.shape[-2])).sin()
-        return LowRank(u * (scales * sine)[..., None, :], v.mT)
+        rows = tall_cayleys([(side,) for free in batches for side in (free.out, free.into)])
+        updates = []
+        for free, s, (u,), (v,) in zip(batches, scales, rows[::2], rows[1::2]):
+            if free.angle is None:
+                raise ValueError("the svd parametrization needs angles, got angle=None")
+            # Note [The unit of an angle]; clamped, since the sine of an overflow would be NaN
+            sine = (free.angle.clamp(-1e30, 1e30) * math.sqrt(u.shape[-1])).sin()
+            updates.append(LowRank((u * (s * sine)[..., None]).mT, v))
+        return updates
     raise _unknown(parametrization)
 
 
