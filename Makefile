@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 # are installed apart and only their own tests see them.
 APART := $(VENV)/apart
 
-.PHONY: help setup chromium demo test test-all conformance check format bench-speed bench-forgetting bench-forgetting-quick clean
+.PHONY: help setup chromium demo test test-all conformance check format bench-speed bench-speed-full bench-speed-gpu bench-forgetting bench-forgetting-quick clean
 
 help:
 	@echo "make demo         adapt a small vision transformer to rotated digits, LoRA against NB-LoRA"
@@ -20,7 +20,9 @@ help:
 	@echo "make chromium     a browser for the tests of the reports (Debian, as root)"
 	@echo "make check        formatting, lint and types"
 	@echo "make format       format the code"
-	@echo "make bench-speed  training step against PEFT's LoRA"
+	@echo "make bench-speed  time and memory against PEFT's methods, minutes, with the targets"
+	@echo "make bench-speed-full        the same on every axis, hours"
+	@echo "make bench-speed-gpu         Llamas of 1 and 8 billion parameters on a GPU"
 	@echo "make bench-forgetting-quick  what LoRA and NB-LoRA learn and forget, minutes, with gates"
 	@echo "make bench-forgetting        every method on the full grid, hours; resumable"
 	@echo "make clean        remove the virtual environment and caches"
@@ -70,7 +72,13 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench-speed: $(READY)
-	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json
+	$(BIN)/python benchmarks/speed.py --quick --json benchmarks/results/speed.json
+
+bench-speed-full: $(READY)
+	$(BIN)/python benchmarks/speed.py --full --json benchmarks/results/speed-full.json
+
+bench-speed-gpu: $(READY)
+	$(BIN)/python benchmarks/speed.py --gpu --json benchmarks/results/speed-gpu.json
 
 bench-forgetting-quick: $(READY)
 	$(BIN)/python benchmarks/forgetting.py --quick
