@@ -97,7 +97,7 @@ def test_promised_names_exist(name: str) -> None:
 
 # --- imports run one way ---
 
-PURE_MODULES = ["bounds", "cayley", "lowrank", "parametrizations"]
+PURE_MODULES = ["bounds", "cayley", "lowrank", "parametrizations", "spectral"]
 SOURCES = Path(nblora.__file__).parent
 PACKAGE = "nblora"
 LEVELS = dict.fromkeys(PURE_MODULES, 0) | {"tuner": 1, "checkpoints": 2, "certificate": 2}

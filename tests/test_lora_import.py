@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from conftest import tiny_gpt2, tiny_llama, tokens
 from lora_samples import CONFIG, WEIGHTS, Everything, change_config, factors, peft_folder
 from nblora import certify, import_lora
-from nblora.bounds import parse_norm, spectral_norm
+from nblora.bounds import parse_norm
 from nblora.checkpoints import AdapterError
+from nblora.spectral import spectral_norm
 
 METHODS = [
     ("spectral", "joint"),

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from nblora import NBLoraConfig, certify, export_lora
-from nblora.bounds import spectral_norm
+from nblora.spectral import spectral_norm
 from nblora.tuner import NBLoraLayer, nblora_layers
 
 pytestmark = pytest.mark.filterwarnings(

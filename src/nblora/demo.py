@@ -35,9 +35,9 @@ from transformers import (
     set_seed,
 )
 
-from nblora.bounds import spectral_norm
 from nblora.certificate import certify
 from nblora.checkpoints import export_lora
+from nblora.spectral import spectral_norm
 from nblora.tuner import NBLoraConfig
 
 Advance = Callable[[], None]

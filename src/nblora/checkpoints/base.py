@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from nblora.bounds import spectral_norm
 from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile, one_line, read_json
+from nblora.spectral import spectral_norm
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,9 @@ class BaseWeights:
         try:
             if not weight.is_floating_point():
                 raise ValueError(f"got {weight.dtype}")
-            matrices = [weight.flatten(1)] if place.experts is None else list(weight)
-            return [spectral_norm(matrix).item() for matrix in matrices]
+            matrices = weight.flatten(1)[None] if place.experts is None else weight
+            norms: list[float] = spectral_norm(matrices).tolist()
+            return norms
         except ValueError as error:
             raise AdapterError(
                 f"{self.source} must have finite floating-point weights, at {key!r}: {error}"
