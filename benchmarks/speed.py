@@ -27,12 +27,14 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts bytes, and should not talk
+# the profiler counts bytes, and should not talk
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from speed_figures import Failure, attempt, ceilings
@@ -51,7 +53,7 @@ class Job:
     cell: Cell
     kinds: tuple[str, ...]
     methods: tuple[str, ...] = tuple(METHODS)
-    rounds: int = field(default=9)
+    rounds: int = 9
 
 
 def quick() -> list[Job]:
@@ -60,8 +62,9 @@ def quick() -> list[Job]:
     wide = replace(main, hidden=1024, layers=1)
     half = replace(main, dtype="bfloat16")
     return [
-        Job(main, ("train", "forward", "memory", "prefill", "decode", "decode-merged")),
-        Job(main, ("merge", "export", "certify", "load", "create"), rounds=5),
+        Job(main, ("train", "memory")),
+        Job(main, ("forward", "prefill", "decode", "decode-merged"), rounds=5),
+        Job(main, FILES, rounds=5),
         Job(main, ("cayley",), OURS, rounds=5),
         Job(half, ("train", "memory", "decode"), rounds=5),
         *(Job(replace(wide, rank=rank), ("train",), OURS, rounds=15) for rank in (8, 16, 64)),
@@ -84,7 +87,6 @@ def full() -> list[Job]:
     main = Cell(hidden=1024)
     kinds = ("train", "forward", "memory")
     generation = ("prefill", "decode", "prefill-merged", "decode-merged")
-    files = ("merge", "export", "certify", "load", "create")
     cells = [
         *(replace(main, rank=rank) for rank in (4, 8, 16, 32, 64, 128, 256)),
         *(replace(main, hidden=hidden) for hidden in (256, 512, 2048)),
@@ -97,9 +99,9 @@ def full() -> list[Job]:
         *(replace(main, model="stack", layers=4, hidden=hidden) for hidden in (64, 256, 1024, 4096)),
     ]
     return [
-        *(Job(cell, kinds, rounds=15) for cell in cells),
-        *(Job(replace(main, dtype=dtype), generation, rounds=15) for dtype in DTYPES),
-        *(Job(replace(main, hidden=hidden), files, rounds=5) for hidden in (512, 2048)),
+        *(Job(cell, kinds, rounds=11) for cell in cells),
+        *(Job(replace(main, dtype=dtype), generation, rounds=11) for dtype in DTYPES),
+        *(Job(replace(main, hidden=hidden), FILES, rounds=5) for hidden in (512, 2048)),
         *(Job(replace(Cell(), layers=layers), ("cayley",), OURS) for layers in (2, 8, 32)),
         *(Job(replace(main, compile=True, dtype=dtype), ("train", "forward"), OURS, 15) for dtype in DTYPES),
         whole_adapter(),
@@ -121,10 +123,14 @@ def gpu(sizes: Sequence[str], device: str) -> list[Job]:
             dtype="bfloat16",
             device=device,
         )
+        kinds = ("train", "forward", "memory", "prefill", "decode")
+        # all of them at once do not fit beside full fine-tuning and BOFT in 8 billion parameters
+        apart = (FULL, "BOFT") if size == "8b" else ()
         jobs += [
-            Job(cell, ("train", "forward", "memory", "prefill", "decode"), rounds=10),
+            Job(cell, kinds, tuple(name for name in METHODS if name not in apart), rounds=10),
             Job(cell, ("cayley",), OURS, 10),
             Job(cell, ("merge", "decode-merged", "create"), OURS, 5),
+            *(Job(cell, kinds, (REFERENCE, name), 10) for name in apart),
         ]
     return jobs
 
@@ -136,6 +142,7 @@ def whole_adapter() -> Job:
     )
 
 
+FILES = ("export", "certify", "load", "merge", "create")
 DTYPES = ("float32", "bfloat16")
 CHECKPOINTING = ("off", "non-reentrant", "reentrant")
 
@@ -179,25 +186,29 @@ def show(rows: Sequence[Row]) -> Iterator[str]:
     """Tables, one for each cell and kind."""
     for (cell, kind), group in itertools.groupby(rows, key=lambda row: (row.cell, row.kind)):
         yield f"\n{kind}: {cell}"
-        shown = [row for row in group if row.reason != LEFT_OUT]
-        for row in shown:
-            if row.figure is None:
-                yield f"  {row.method:<30} {row.reason}"
-                continue
-            scale, unit = (1e3, "ms") if row.unit == "s" else (2**-20, "MiB")
-            low, middle, high = (scale * x for x in (row.figure.low, row.figure.median, row.figure.high))
-            text = f"  {row.method:<30} {middle:>10.2f} {unit}"
-            if row.unit == "s":
-                text += f" {low:>10.2f}–{high:<10.2f}"
-            if row.ratio is not None:
-                reference = "" if row.reference == REFERENCE else f" of the {row.reference}"
-                text += f" × {row.ratio.median:<6.3f}"
-                text += f" ({row.ratio.low:.3f}–{row.ratio.high:.3f}){reference}" if row.unit == "s" else ""
-            if row.trainable is not None:
-                text += f"  {row.trainable:,} trainable"
-            for name, value in (row.more or {}).items():
-                text += f"  {name} {value:.1%}" if name.endswith("_share") else f"  {name} {value:,.6g}"
-            yield text
+        these = list(group)
+        yield from (_line(row) for row in these if row.reason != LEFT_OUT)
+        if left_out := [row.method for row in these if row.reason == LEFT_OUT]:
+            yield f"  {LEFT_OUT}: {', '.join(left_out)}"
+
+
+def _line(row: Row) -> str:
+    if row.figure is None:
+        return f"  {row.method:<30} {row.reason}"
+    scale, unit = (1e3, "ms") if row.unit == "s" else (2**-20, "MiB")
+    low, middle, high = (scale * x for x in (row.figure.low, row.figure.median, row.figure.high))
+    text = f"  {row.method:<30} {middle:>10.2f} {unit:<3}"
+    if row.unit == "s":
+        text += f" {low:>10.2f}–{high:<10.2f}"
+    if row.ratio is not None:
+        text += f" × {row.ratio.median:<7.3f}"
+        text += f" {row.ratio.low:.3f}–{row.ratio.high:.3f}" if row.unit == "s" else ""
+        text += "" if row.reference == REFERENCE else f" of the {row.reference}"
+    if row.trainable is not None:
+        text += f"  {row.trainable:,} trainable"
+    for name, value in (row.more or {}).items():
+        text += f"  {name} {value:.1%}" if name.endswith("_share") else f"  {name} {value:,.6g}"
+    return text
 
 
 def show_growth(found: Sequence[Growth]) -> Iterator[str]:
@@ -255,6 +266,9 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for message, category in (
             (r".is_gradient_checkpointing. is deprecated", FutureWarning),
+            (r".gradient_checkpointing_enable. is deprecated", FutureWarning),
+            (r"None of the inputs have requires_grad", UserWarning),  # the frozen model under checkpointing
+            (r".torch._prims_common.check. is deprecated", FutureWarning),
             (
                 r"(Failed to load the CUDA extension|CUDA extension|Setting boft_n_butterfly_factor)",
                 UserWarning,
@@ -291,6 +305,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, help="that count")
     parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count")
+    parser.add_argument(
+        "--patience", type=float, default=30.0, help="seconds that a round of one method may take"
+    )
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--device", help="cpu, or cuda, which --gpu takes by itself")
     parser.add_argument("--ceilings", action="store_true", help="measure them and tell shares; --gpu does")
@@ -303,6 +320,8 @@ def _positive(parser: argparse.ArgumentParser, options: argparse.Namespace) -> N
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
+    if not options.patience > 0:
+        parser.error(f"--patience must be positive, got {options.patience}")
     if options.warmup < 0:
         parser.error(f"--warmup must be at least 0, got {options.warmup}")
 
@@ -351,14 +370,23 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
 
 
 def _measured(job: Job, options: argparse.Namespace, bounds: dict[str, float] | None) -> list[Row]:
-    bench = Bench(job.cell, job.methods, rounds=job.rounds, warmup=options.warmup, ceilings=bounds)
+    bench = Bench(
+        job.cell,
+        job.methods,
+        rounds=job.rounds,
+        warmup=options.warmup,
+        patience=options.patience,
+        ceilings=bounds,
+    )
     wanted = options.methods or METHODS
     rows = []
     for kind in job.kinds:
         found = attempt(functools.partial(bench.rows, kind))  # a cell that fails costs its own rows only
-        rows += bench.refused(kind, found.reason) if isinstance(found, Failure) else found
-        left_out = [name for name in wanted if name not in job.methods]
-        rows += [Row(kind, name, job.cell, reason=LEFT_OUT) for name in left_out]
+        found = bench.refused(kind, found.reason) if isinstance(found, Failure) else found
+        for figure, group in itertools.groupby(found, key=lambda row: row.kind):
+            rows += group
+            left_out = [name for name in wanted if name not in job.methods]
+            rows += [Row(figure, name, job.cell, reason=LEFT_OUT) for name in left_out]
     del bench
     gc.collect()
     if job.cell.device.startswith("cuda"):

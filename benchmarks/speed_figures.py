@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 
 class Broken(Exception):
@@ -84,11 +84,12 @@ def synchronize(device: str) -> None:
 
 
 def interleaved(
-    actions: Mapping[str, Action], *, rounds: int, warmup: int, device: str
+    actions: Mapping[str, Action], *, rounds: int, warmup: int, device: str, patience: float = math.inf
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Let actions take turns, so that a disturbance meets all of them.
 
-    Every round runs each action once, and starts one action later than the round before.
+    Every round runs each action once, and starts one action later than the round before. One that takes
+    more than `patience` seconds has failed.
 
     Returns:
         Seconds of every round by name, without the first `warmup` rounds; and why an action failed, for
@@ -109,6 +110,8 @@ def interleaved(
                 spent = attempt(functools.partial(_timed, actions[name], device))
                 if isinstance(spent, Failure):
                     failed[name] = spent.reason
+                elif spent > patience:
+                    failed[name] = f"a round took {spent:.1f} s, more than the patience of {patience:g} s"
                 elif number >= warmup:
                     seconds[name].append(spent)
             gc.enable()
@@ -186,6 +189,9 @@ class Held:
     peak: int
 
 
+_START, _MIDDLE = "benchmark: forward starts", "benchmark: forward is done"
+
+
 def held_bytes(forward: Callable[[], Tensor], backward: Callable[[Tensor], Any], device: str) -> Held:
     """What a train step allocates, as the allocator counts it: whatever keeps it, temporaries included."""
     gc.collect()
@@ -199,40 +205,31 @@ def held_bytes(forward: Callable[[], Tensor], backward: Callable[[Tensor], Any],
         backward(loss)
         torch.cuda.synchronize()
         return Held(after, torch.cuda.max_memory_allocated() - start)
-    with _allocations() as forward_events:
+    # the profiler misses the release of what was allocated before it, so a step goes ahead of the measured
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiled:
+        backward(forward())
+        with record_function(_START):
+            pass
         loss = forward()
-    with _allocations() as backward_events:
+        with record_function(_MIDDLE):
+            pass
         backward(loss)
-    first, second = forward_events.bytes(), backward_events.bytes()
-    after = sum(first)
-    return Held(after, max(_highest(first), after + _highest(second)))
-
-
-class _allocations:
-    """The allocations (positive) and releases (negative) on the CPU in order, as the profiler sees them."""
-
-    def __enter__(self) -> _allocations:
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False)
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._profile.__exit__(*error)
-
-    def bytes(self) -> list[int]:
-        results = self._profile.profiler.kineto_results
-        events = [e for e in results.events() if e.name() == "[memory]"]
-        if not events:
-            raise Broken("the profiler must report allocations, got none")
-        return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-
-
-def _highest(changes: Iterable[int]) -> int:
-    level = highest = 0
-    for change in changes:
-        level += change
-        highest = max(highest, level)
-    return highest
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    level = start = highest = 0
+    seen = []
+    for event in events:
+        if event.name() == _START:
+            start = highest = level
+            seen.append(_START)
+        elif event.name() == _MIDDLE:
+            after = level - start
+            seen.append(_MIDDLE)
+        elif event.name() == "[memory]":
+            level += event.nbytes()
+            highest = max(highest, level)
+    if seen != [_START, _MIDDLE]:
+        raise Broken(f"the profiler must report both marks in order, got {seen}")
+    return Held(after, highest - start)
 
 
 def resident_bytes(tensors: Iterable[Tensor]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 import time
 import types
@@ -93,6 +94,7 @@ class Bench:
         methods: names in METHODS.
         rounds: that count.
         warmup: rounds that do not.
+        patience: seconds that a round of one method may take.
         ceilings: of the device, to tell shares of them; see `speed_figures.ceilings`.
     """
 
@@ -103,12 +105,14 @@ class Bench:
         *,
         rounds: int,
         warmup: int,
+        patience: float = math.inf,
         ceilings: Mapping[str, float] | None = None,
     ) -> None:
         self.cell = cell
         self.methods = methods
         self.rounds = rounds
         self.warmup = warmup
+        self.patience = patience
         self.ceilings = ceilings
 
     @functools.cached_property
@@ -160,7 +164,11 @@ class Bench:
     ) -> list[Row]:
         """Rows of actions that take turns, and of methods that are missing."""
         seconds, failed = interleaved(
-            actions, rounds=self.rounds * times, warmup=self.warmup, device=self.cell.device
+            actions,
+            rounds=self.rounds * times,
+            warmup=self.warmup,
+            device=self.cell.device,
+            patience=self.patience,
         )
         models = self.__dict__.get("_built", ({}, {}))[0]
         rows = []
@@ -342,7 +350,7 @@ def _forward(bench: Bench) -> list[Row]:
 
 def cayley_part(model: nn.Module) -> Callable[[], object]:
     """The updates of all layers, forward and backward, as in a train step, without their use."""
-    layers = [layer for _, layer in nblora_layers(model, "default")]
+    layers = nblora_layers(model, "default").values()
 
     def factors() -> list[Tensor]:
         updates = [layer.low_rank_update("default") for layer in layers]

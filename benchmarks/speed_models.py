@@ -207,6 +207,7 @@ NOTES = (
     f"{FULL}: all parameters. {FROZEN}: the forward pass without gradients, in the train step too.",
     "OFT and BOFT have no rank: their blocks have the rank's size, BOFT with two butterfly factors.",
     "LoRA, rsLoRA, DoRA, PiSSA, PSOFT: alpha = r. PiSSA and PSOFT start by a randomised SVD.",
+    "The fresh adapter with an absolute bound measures no spectral norms: the difference is their time.",
     "Full fine-tuning, PiSSA and PSOFT change base weights; all others share one copy of them.",
 )
 

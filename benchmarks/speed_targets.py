@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -158,7 +159,7 @@ def judge(target: Target, method: str, rows: Sequence[Row], *, gpu: bool) -> Ver
     )
 
 
-LEFT_OUT = "left out of this cell by the preset"
+LEFT_OUT = "left out here by the preset"
 
 
 def verdicts(rows: Sequence[Row], *, gpu: bool) -> list[Verdict]:
@@ -201,6 +202,6 @@ def growth(rows: Sequence[Row], axes: Sequence[str] = ("rank", "hidden", "layers
                 groups[row.kind, row.method, rest][getattr(row.cell, axis)] = row.figure.median
         for (kind, method, rest), points in groups.items():
             if len(points) >= 3:
-                text = str(rest).replace(f"{axis} 0", f"any {axis}")
+                text = re.sub(r"\b(r 0|hidden 0|0 layers|0 tokens)", f"any {axis}", str(rest), count=1)
                 found.append(Growth(kind, method, axis, tuple(sorted(points)), slope(points), text))
     return found
