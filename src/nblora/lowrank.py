@@ -92,7 +92,7 @@ class LowRank:
         """
         left, right = self.left, self.right
         if dtype == torch.float16:
-            size = left.detach().abs().amax().sqrt()
+            size = left.detach().abs().amax((-2, -1), keepdim=True).sqrt()
             size = torch.where(size > 0, size, 1.0)
             left, right = left / size, right * size
         return left.to(dtype), right.to(dtype)

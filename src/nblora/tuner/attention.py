@@ -56,7 +56,7 @@ class NBLoraMultiheadAttention(NBLoraLayer):
         if isinstance(base.out_proj, NBLoraLinear):
             base.out_proj.update_layer(adapter_name, **options)
         else:
-            base.out_proj = NBLoraLinear(base.out_proj, adapter_name, **options)
+            base.out_proj = NBLoraLinear(base.out_proj, adapter_name, factors=self._factors, **options)
 
     @property
     def out_in_features(self) -> tuple[int, int]:

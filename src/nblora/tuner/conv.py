@@ -40,7 +40,7 @@ class NBLoraConv(NBLoraLayer):
 
     def _apply_update(self, update: LowRank, x: Tensor) -> Tensor:
         base: Any = self.get_base_layer()
-        left, right = update.balanced_for(x.dtype)
+        left, right = update.left, update.right
         into = right.reshape(self._in_shape(update.rank))
         out = left.reshape(*left.shape, *(1,) * (into.ndim - 2))
         # every group reads its own channels through the same `into`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from nblora.lowrank import LowRank
@@ -47,8 +48,10 @@ class NBLoraEmbedding(NBLoraLayer):
     def _dropped(self, adapter_name: str, x: Tensor) -> Tensor:
         return x
 
+    def _dtype_for(self, x: Tensor) -> torch.dtype:
+        return self.weight.dtype
+
     def _apply_update(self, update: LowRank, x: Tensor) -> Tensor:
-        left, right = update.balanced_for(self.weight.dtype)
-        added = nn.functional.linear(nn.functional.embedding(x, right.mT), left)
+        added = nn.functional.linear(nn.functional.embedding(x, update.right.mT), update.left)
         scale = self._get_embed_scale()  # some models multiply what they look up
         return added if scale is None else added * scale.to(added.dtype)

@@ -13,9 +13,10 @@ from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from nblora.bounds import spectral_norm
-from nblora.lowrank import LowRank
+from nblora.lowrank import LowRank, plain_operations_only
 from nblora.parametrizations import FreeParameters, effective_rank, random_start, zero_start
 from nblora.tuner.config import NBLoraConfig
+from nblora.tuner.factors import Factors, Slots, Sources, out_of_sight
 from nblora.tuner.quantized import (
     KeptWeight,
     is_packed,
@@ -23,7 +24,7 @@ from nblora.tuner.quantized import (
     quantization_backend,
     weight_by_its_action,
 )
-from nblora.tuner.weights import Factors, FreeWeight, Method, Radius, readable
+from nblora.tuner.weights import FreeWeight, Method, Radius, stored
 
 
 class RunawayWarning(UserWarning):
@@ -55,6 +56,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         layer_name: for messages.
         twin: see `update_layer`.
         get_apply_tensor_subclass: of torchao's quantization, which merging needs.
+        factors: what the layers of a model share.
 
     Raises:
         TypeError: for a base layer that this kind cannot adapt.
@@ -85,7 +87,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         "nblora_dropout",
         "_merged",
         "_watches",
-        "_factors",
+        "_slots",
     )
 
     base_layer: nn.Module
@@ -105,6 +107,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         layer_name: str,
         twin: str | None = None,
         get_apply_tensor_subclass: Any = None,
+        factors: Factors | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -118,7 +121,9 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._merged: dict[str, _Merged] = {}
         self._watches: dict[str, list[int]] = {}
-        self._factors = Factors()
+        self._factors = Factors() if factors is None else factors
+        self._factors.add(self)
+        self._slots = Slots()
         self._active_adapter = adapter_name
         self._check_base_layer(layer_name)
         self.update_layer(adapter_name, r=r, bound=bound, config=config, layer_name=layer_name, twin=twin)
@@ -333,21 +338,24 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         """
         if not self.has_adapter(adapter_name):
             raise ValueError(f"the adapter must be one of {sorted(self.method)}, got {adapter_name!r}")
-        into = getattr(self, self.in_name)[adapter_name]()
-        axis = len(self.batch_shape) + 1  # from here on, one row
-        return FreeParameters(
-            out=getattr(self, self.out_name)[adapter_name](),
-            into=into.flatten(axis) if into.ndim > axis else into,
-            angle=self._column(self.nblora_angle, adapter_name),
-            logits=self._column(self.nblora_scale, adapter_name),
-        )
+        called = [None if leaf is None else leaf() for leaf in self._leaves(adapter_name)]
+        return Sources(*called).free()  # type: ignore[arg-type]
 
-    @staticmethod
-    def _column(container: nn.ModuleDict, adapter_name: str) -> Tensor | None:
-        if adapter_name not in container:
-            return None
-        column: Tensor = container[adapter_name]()
-        return column.squeeze(-1) if column.ndim > 1 else column
+    def sources(self, adapter_name: str) -> Sources | None:
+        """The tensors of an adapter as they are stored; None where they are not always there."""
+        found = []
+        for leaf in self._leaves(adapter_name):
+            tensor = None if leaf is None else stored(leaf)
+            if tensor is None and leaf is not None:
+                return None
+            found.append(tensor)
+        return Sources(*found)  # type: ignore[arg-type]
+
+    def _leaves(self, adapter_name: str) -> list[nn.Module | None]:
+        """The modules that hold the tensors of an adapter, in the order of `Sources`."""
+        containers: Any = self._modules
+        names = (self.out_name, self.in_name, "nblora_angle", "nblora_scale", "nblora_radius")
+        return [containers[name]._modules.get(adapter_name) for name in names]
 
     def radius(self, adapter_name: str) -> Tensor:
         """The absolute radius of an adapter's ball: 0-dimensional, or (E,) for E experts."""
@@ -371,28 +379,26 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         scale = self.scaling[adapter_name]
         return update if scale == 1 else LowRank(update.left * scale, update.right)
 
-    def _current_update(self, adapter_name: str) -> LowRank:
-        """`low_rank_update`, kept between calls: Note [Factors are kept while nobody trains]."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.low_rank_update(adapter_name)
-        leaves = [
-            getattr(self, name)[adapter_name]
-            for name in (*self.adapter_layer_names, "nblora_radius")
-            if adapter_name in getattr(self, name)
-        ]
-        if not all(map(readable, leaves)):
-            return self.low_rank_update(adapter_name)
-        method = self.method[adapter_name]
-        update = self._factors.get_or_make(
-            adapter_name,
-            method,
-            [leaf.weight for leaf in leaves],
-            lambda: self._unscaled_update(adapter_name),
-        )
+    def _current_update(self, adapter_name: str, dtype: torch.dtype | None = None) -> LowRank:
+        """`low_rank_update` in a dtype; Note [Factors are kept]."""
+        if dtype is None:
+            stored = _weight(getattr(self, self.out_name)[adapter_name]).dtype
+            dtype = torch.float64 if stored == torch.float64 else torch.float32
+        if plain_operations_only():
+            return LowRank(*self.low_rank_update(adapter_name).balanced_for(dtype))
+        update = self._factors.update(self, adapter_name, dtype)
+        if update is None:
+            with out_of_sight():
+                update = LowRank(*self._unscaled_update(adapter_name).balanced_for(dtype))
         return self._scaled(adapter_name, update)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._factors.add(self)
+
     def train(self, mode: bool = True) -> NBLoraLayer:
-        self._factors.clear()
+        if not (mode and self.training):  # trainers repeat train() before every step
+            self._slots.drop()
         return super().train(mode)
 
     @torch.no_grad()
@@ -584,23 +590,39 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.quantization_backend is not None:
             put_scales_right(self.get_base_layer())
-        result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
+            base_output: Tensor = self.base_layer(x, *args, **kwargs)
+            return base_output
         if adapter_names is not None:
-            return self._mixed_batch(result, x, adapter_names)
+            return self._mixed_batch(self.base_layer(x, *args, **kwargs), x, adapter_names)
+        return self._adapted(x, *args, **kwargs)
+
+    def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the updates of the active adapters."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter_name in filter(self.has_adapter, self.active_adapters):
-            result = result + self._added(adapter_name, x).to(result.dtype)
+            result = self._add(result, self._update_for(adapter_name, x), self._dropped(adapter_name, x))
         return result
 
-    def _added(self, adapter_name: str, x: Tensor) -> Tensor:
+    def _add(self, result: Tensor, update: LowRank, x: Tensor) -> Tensor:
+        """An output plus what an update makes of the input x, after dropout."""
+        return result + self._apply_update(update, x).to(result.dtype)
+
+    def _update_for(self, adapter_name: str, x: Tensor) -> LowRank:
+        """The update of an adapter in the dtype in which it acts on x."""
         self._watch(adapter_name)
-        update = self._current_update(adapter_name)
+        update = self._current_update(adapter_name, self._dtype_for(x))
         if update.left.is_meta and not x.is_meta:  # PyTorch would compute with whatever is in memory
             raise ValueError(
                 f"adapter {adapter_name!r} must be loaded before it is used, got it on the meta device"
             )
-        return self._apply_update(update, self._dropped(adapter_name, x))
+        return update
+
+    def _dtype_for(self, x: Tensor) -> torch.dtype:
+        """What an operation with x computes in."""
+        device = x.device.type
+        lowers = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if lowers and x.dtype != torch.float64 else x.dtype
 
     def _dropped(self, adapter_name: str, x: Tensor) -> Tensor:
         dropped: Tensor = self.nblora_dropout[adapter_name](x)
@@ -639,7 +661,9 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         for adapter_name in filter(self.has_adapter, dict.fromkeys(adapter_names)):
             rows = [i for i, name in enumerate(adapter_names) if name == adapter_name]
             index = torch.tensor(rows, device=x.device)
-            added = self._added(adapter_name, x[index])
+            some = x[index]
+            update = self._update_for(adapter_name, some)
+            added = self._apply_update(update, self._dropped(adapter_name, some))
             result = result.index_add(0, index.to(result.device), added.to(result.dtype))
         return result
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules import module as all_modules
 from transformers.pytorch_utils import Conv1D
 
-from nblora.lowrank import LowRank
+from nblora.lowrank import LowRank, plain_operations_only
 from nblora.tuner.layer import NBLoraLayer
 from nblora.tuner.quantized import weight_by_its_action
 
@@ -48,6 +51,31 @@ class NBLoraLinear(NBLoraLayer):
     def _apply_update(self, update: LowRank, x: Tensor) -> Tensor:
         return update.apply(x)
 
+    def _add(self, result: Tensor, update: LowRank, x: Tensor) -> Tensor:
+        hidden = functional.linear(x.to(update.right.dtype), update.right)
+        if hidden.dtype != result.dtype or hidden.device != result.device:
+            return result + functional.linear(hidden, update.left).to(result)
+        total = torch.addmm(_rows(result), _rows(hidden), update.left.mT)
+        return total.view(result.shape)
+
+    def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self._modules["base_layer"]
+        names = [name for name in self.active_adapters if name in self.method]
+        drops = self.training and any(isinstance(self.nblora_dropout[name], nn.Dropout) for name in names)
+        if not names or args or kwargs or drops or not _is_bare_linear(base, x):
+            return super()._adapted(x, *args, **kwargs)
+        updates = [self._update_for(name, x) for name in names]
+        left, right = updates[0].left, updates[0].right
+        if len(updates) > 1:
+            left = torch.cat([update.left for update in updates], dim=-1)
+            right = torch.cat([update.right for update in updates], dim=-2)
+        weight = base.weight.mT if type(base) is Conv1D else base.weight
+        tensors = x, weight, base.bias, left, right
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            output: Tensor = _AdaptedLinear.apply(*tensors)
+            return output
+        return _adapted_linear(*tensors)[0]
+
     def _measurable_weight(self) -> Tensor:
         if not isinstance(self.quantization_backend, ForwardOnlyQuantizationBackend):
             return self.get_base_weight()
@@ -55,3 +83,78 @@ class NBLoraLinear(NBLoraLayer):
         return weight_by_its_action(
             base, self.out_in_features[1], *self._get_base_layer_device_and_dtype(base)
         )
+
+
+def _is_bare_linear(base: nn.Module, x: Tensor) -> bool:
+    """Whether calling a base layer is nothing but a product with its weight, so that it can be left out."""
+    if type(base) not in (nn.Linear, Conv1D) or type(x) is not Tensor or plain_operations_only():
+        return False
+    weight = base._parameters.get("weight", base.__dict__.get("weight"))  # FSDP puts its views there
+    return (
+        weight is not None
+        and type(weight) in (nn.Parameter, Tensor)
+        and weight.is_floating_point()
+        and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+        and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+        and not (base._backward_hooks or base._backward_pre_hooks)
+        and not (all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks)
+        and not (all_modules._global_backward_hooks or all_modules._global_backward_pre_hooks)
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x (..., n) through weight (m, n) + left (m, k) @ right (k, n) and bias, and x through `right` (t, k).
+
+    In the dtype of the factors. No other tensor of the output's size is made.
+    """
+    dtype = left.dtype
+    if weight.dtype is not dtype or x.dtype is not dtype:  # autocast
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    rows = _rows(x)
+    output = functional.linear(rows, weight, bias)
+    hidden = functional.linear(rows, right)
+    output.addmm_(hidden, left.mT)
+    return output.view(*x.shape[:-1], -1), hidden
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """`_adapted_linear`; what backward needs is the input, and k numbers for each of its rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
+    ) -> Tensor:
+        output, hidden = _adapted_linear(x, weight, bias, left, right)
+        ctx.save_for_backward(x, weight, left, right, hidden)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, left, right, hidden = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad, rows = _rows(grad), _rows(x).to(left.dtype)
+        if torch.is_grad_enabled():  # somebody differentiates the gradient
+            hidden = rows @ right.mT
+        reached = grad @ left
+        results: list[Tensor | None] = [None] * 5
+        if needs[0]:
+            into = grad @ weight.to(left.dtype)
+            into.addmm_(reached, right)
+            results[0] = into.view(x.shape).to(x.dtype)
+        if needs[1]:
+            results[1] = (grad.mT @ rows).to(weight.dtype)
+        if needs[2]:
+            results[2] = grad.sum(0).to(ctx.bias_dtype)
+        if needs[3]:
+            results[3] = (hidden.mT @ grad).mT
+        if needs[4]:
+            results[4] = reached.mT @ rows
+        return tuple(results)

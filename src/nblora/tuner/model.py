@@ -27,6 +27,7 @@ from nblora.tuner.combination import Combination, combine
 from nblora.tuner.config import NBLoraConfig, pattern_value
 from nblora.tuner.conv import NBLoraConv
 from nblora.tuner.embedding import NBLoraEmbedding
+from nblora.tuner.factors import Factors
 from nblora.tuner.layer import NBLoraLayer, nblora_layers
 from nblora.tuner.linear import NBLoraLinear
 from nblora.tuner.parameter import ParamWrapper
@@ -47,6 +48,9 @@ class NBLoraModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        layers = (module for module in model.modules() if isinstance(module, NBLoraLayer))
+        first = next(layers, None)
+        self._factors = Factors() if first is None else first._factors
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         names = [layer.target(name) for name, layer in nblora_layers(model, adapter_name).items()]
         for module in model.modules():
@@ -117,7 +121,7 @@ class NBLoraModel(BaseTuner):
         if isinstance(target, NBLoraLayer) and not around_another:
             target.update_layer(adapter_name, **options)
             return
-        options |= get_quantization_kwargs(self.model)
+        options |= get_quantization_kwargs(self.model) | {"factors": self._factors}
         layer: NBLoraLayer
         if parameter_name is not None:
             layer = ParamWrapper(target, adapter_name, parameter_name=parameter_name, **options)

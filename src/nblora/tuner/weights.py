@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -16,6 +15,7 @@ from nblora.parametrizations import (
     FreeParameters,
     Parametrization,
     bounded_update,
+    bounded_updates,
     has_run_away,
     pull_back,
 )
@@ -39,6 +39,15 @@ class Method:
             free,
             norm=self.norm,
             radius=radius,
+            parametrization=self.parametrization,
+            temperature=self.temperature,
+        )
+
+    def updates(self, batches: Sequence[FreeParameters], radii: Sequence[Tensor]) -> list[LowRank]:
+        return bounded_updates(
+            batches,
+            norm=self.norm,
+            radii=radii,
             parametrization=self.parametrization,
             temperature=self.temperature,
         )
@@ -118,68 +127,22 @@ class Radius(nn.Module):
         return self
 
 
-# Note [Factors are kept while nobody trains]
-#
-# In eval mode without gradients the thin factors of an update are the same from call to call, and computing
-# them is most of what a layer costs when it generates token by token. They are kept until a tensor that
-# they come from changes. How to tell: a tensor's version counter misses writes through `.data` (PEFT's
-# hotswap, some optimizers) and through NumPy. On the CPU the tensors are therefore compared with copies,
-# which is exact and costs a small part of the factors' use. On other devices a comparison would wait for the
-# device on every call; there the version and the address decide, and since train() and eval() drop what
-# was kept, only a write through `.data` between two calls in eval mode goes unnoticed.
-# Tensors that live elsewhere between calls (FSDP, offloading: hooks on the leaf modules) are never kept.
+def stored(module: nn.Module) -> Tensor | None:
+    """The tensor of a leaf module; None where it can't be read without calling the module and compared later.
 
-
-class _Kept(NamedTuple):
-    method: Method
-    sources: list[Tensor]
-    versions: list[int]
-    update: LowRank
-
-    def is_of(self, method: Method, sources: Sequence[Tensor]) -> bool:
-        return (
-            self.method is method
-            and len(self.sources) == len(sources)
-            and all(map(_same, self.sources, self.versions, sources))
-        )
-
-
-def _same(kept: Tensor, version: int, now: Tensor) -> bool:
-    if kept.device != now.device or kept.dtype != now.dtype or kept.shape != now.shape:
-        return False
-    if now.device.type == "cpu":
-        return torch.equal(kept, now)
-    return kept.data_ptr() == now.data_ptr() and version == now._version
-
-
-class Factors(dict[str, _Kept]):
-    """The thin factors of adapters by name: Note [Factors are kept while nobody trains]."""
-
-    def get_or_make(
-        self, adapter_name: str, method: Method, sources: Sequence[Tensor], make: Callable[[], LowRank]
-    ) -> LowRank:
-        kept = self.get(adapter_name)
-        if kept is None or not kept.is_of(method, sources):
-            tensors = [s.clone() if s.device.type == "cpu" else s.detach() for s in sources]
-            # keeping the tensors keeps their addresses from being given to others
-            versions = [0 if s.device.type == "cpu" else s._version for s in sources]
-            kept = self[adapter_name] = _Kept(method, tensors, versions, make())
-        return kept.update
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles of a model start without."""
-        return Factors, ()
-
-
-def readable(module: nn.Module) -> bool:
-    """Whether the tensor of a leaf module can be read without calling the module, and compared later."""
-    weight: Any = module.weight
-    return (
-        type(module) in (FreeWeight, Radius)
-        and type(weight) in ((nn.Parameter,) if type(module) is FreeWeight else (Tensor,))
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and "forward" not in module.__dict__
-        and not weight.is_meta
-        and (weight.device.type == "cpu" or not weight.is_inference())  # which have no versions
-    )
+    Asked for every layer at every step, so it looks where modules keep things, past their attribute access.
+    """
+    members = module.__dict__
+    if type(module) is FreeWeight:
+        weight = members["_parameters"].get("weight")
+        known = type(weight) is nn.Parameter
+    else:
+        weight = members["_buffers"].get("weight")
+        known = type(weight) is Tensor and type(module) is Radius
+    away = "weight" in members or "forward" in members  # FSDP's views, offloading
+    if not known or away or members["_forward_pre_hooks"] or members["_forward_hooks"] or weight.is_meta:
+        return None
+    if weight.device.type != "cpu" and weight.is_inference():  # which have no versions
+        return None
+    tensor: Tensor = weight
+    return tensor

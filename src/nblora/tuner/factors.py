@@ -1,0 +1,481 @@
+"""The thin factors of a model's adapters: computed for many layers at once, and kept while they are right."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import starmap
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from nblora.lowrank import LowRank
+from nblora.parametrizations import FreeParameters
+from nblora.tuner.weights import Method
+
+# Note [Factors are kept]
+#
+# The thin factors of an update change only with its parameters, and computing them for one layer is some
+# thirty small operations, which cost more than the layer's two thin products where the layer is small or
+# the tokens are few. So the first layer that asks after a change has the factors computed for all layers of
+# its kind, in one batch with one inverse, and they are kept: for the other layers, for the next token, for
+# the other micro-batches of an accumulation and for what gradient checkpointing computes again.
+#
+# When are they right? A tensor's version counter misses writes through `.data` (PEFT's hotswap, some
+# optimizers) and through NumPy. On the CPU the tensors are therefore compared with copies, which is exact
+# and costs a small part of the factors' use. On other devices a comparison would wait for the device on
+# every call. There version and address decide, and whatever else tells of an update: an optimizer has made
+# a step, or gradients were computed and are gone again. Since eval() and the change to train() drop what
+# was kept, what goes unnoticed there is a write through `.data` between two calls in one mode, without an
+# optimizer.
+#
+# Gradients: all layers of a batch share one autograd node, whose backward pass runs once for all of them.
+# It keeps what it needs itself, so that a second backward pass through it works (PyTorch frees what was
+# saved for the first), and out of sight of saved-tensor hooks: gradient checkpointing counts what is saved,
+# and computing again must save as much as the first time, whether the factors were kept or not. A layer
+# whose factors were not used gets no gradient, not zeros, since optimizers move what has a gradient.
+#
+# Who needs gradients of a layer as soon as they are there, or a node for each layer: sharding (FSDP,
+# DeepSpeed), for one. In a process group factors with gradients are therefore shared only inside
+# DistributedDataParallel. If that looks for unused parameters, it waits for all that a node may reach:
+# there unused layers of a batch do get zeros, once, and are computed alone from then on.
+#
+# Tensors that live elsewhere between calls (FSDP, offloading: hooks on the leaf modules) are never kept.
+
+
+class Sources(NamedTuple):
+    """The tensors of one adapter of one layer, as they are stored."""
+
+    out: Tensor
+    into: Tensor
+    angle: Tensor | None
+    logits: Tensor | None
+    radius: Tensor
+
+    def free(self) -> FreeParameters:
+        """The free parameters: one row for each singular value."""
+        rows = self.out.shape[:-1]
+        return FreeParameters(
+            out=self.out,
+            into=self.into.reshape(*rows, -1),
+            angle=None if self.angle is None else self.angle.reshape(rows),
+            logits=None if self.logits is None else self.logits.reshape(rows),
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Sources:
+        return Sources(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in self if tensor is not None]
+
+    @property
+    def learn(self) -> bool:
+        return any(tensor.requires_grad for tensor in self.tensors)
+
+
+_Pair = tuple[Tensor | None, Tensor | None]
+"""Gradients of a left and a right factor."""
+
+
+class Layer(Protocol):
+    """What layers are to `Factors`."""
+
+    training: bool
+    method: dict[str, Method]
+    _slots: Slots
+
+    def sources(self, adapter_name: str) -> Sources | None:
+        """The tensors of an adapter, None where they cannot be kept."""
+
+
+class _Steps:
+    """Counts the steps of all optimizers."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, *_: Any) -> None:
+        self.count += 1
+
+
+_steps = _Steps()
+register_optimizer_step_post_hook(_steps)
+
+
+@dataclass(eq=False)
+class _Kept:
+    """Factors, and what they come from."""
+
+    update: LowRank
+    method: Method
+    sources: Sources  # the very tensors
+    bits: list[tuple[Tensor, Tensor]] | None  # of them, as they were and as they are, on the CPU
+    batch: _Batch | None  # which computed them, where they have gradients
+    places: list[Any] = field(init=False)
+    marks: list[Any] = field(init=False)
+    steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.places, self.marks = _places(self.sources), _marks(self.sources)
+        self.steps = _steps.count
+
+    def is_of(self, method: Method, sources: Sources, may_learn: bool) -> bool:
+        """Whether these are the factors that are asked for, right or not.
+
+        Args:
+            may_learn: whether gradients may be asked of them.
+        """
+        if self.method is not method or not all(map(operator.is_, sources, self.sources)):
+            return False
+        if self.batch is not None:
+            return True
+        return not (may_learn and sources.learn) and not (
+            torch.is_grad_enabled() and self.update.left.is_inference()
+        )
+
+    def seems_right(self) -> bool:
+        """Whether nothing but a look at the values could tell that the sources have changed."""
+        if self.marks != _marks(self.sources):
+            return False
+        if self.bits is not None:
+            return True
+        ran = self.batch is not None and self.batch.ran
+        gone = ran and any(t.requires_grad and t.grad is None for t in self.sources.tensors)
+        return self.steps == _steps.count and not gone
+
+    def is_right(self) -> bool:
+        if self.bits is None:
+            return self.seems_right()
+        return self.places == _places(self.sources) and all(starmap(torch.equal, self.bits))
+
+
+def _places(sources: Sources) -> list[Any]:
+    """Where tensors are, and as what."""
+    return [(tensor.data_ptr(), tensor.dtype) for tensor in sources if tensor is not None]
+
+
+def _marks(sources: Sources) -> list[Any]:
+    """What tells of most changes of tensors, without a look at their values."""
+    versions = [0 if tensor.is_inference() else tensor._version for tensor in sources.tensors]
+    return [*_places(sources), *versions]
+
+
+def _bits(copy: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors to compare: as few integers as possible, which takes a fraction of the time of floats."""
+    copy, now = copy.flatten(), now.detach()
+    if now.is_contiguous() and now.nbytes % 8 == now.data_ptr() % 8 == copy.data_ptr() % 8 == 0:
+        return copy.view(torch.int64), now.flatten().view(torch.int64)
+    return copy.view(now.shape), now
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Where the factors of one adapter of one layer are kept."""
+
+    kept: _Kept | None = None
+    asked: bool = False  # not only computed because others asked
+    shares: bool = False  # had factors with gradients
+    alone: bool = False  # is sometimes unused
+
+
+class _Member(NamedTuple):
+    slot: _Slot
+    method: Method
+    sources: Sources
+
+
+class Slots(dict[str, dict[torch.dtype, _Slot]]):
+    """What is kept of one layer, by adapter."""
+
+    def of(self, adapter_name: str, dtype: torch.dtype) -> _Slot:
+        slots = self.get(adapter_name)
+        if slots is None:
+            slots = self[adapter_name] = {}
+        slot = slots.get(dtype)
+        if slot is None:
+            slot = slots[dtype] = _Slot()
+        return slot
+
+    def has_asked(self, adapter_name: str) -> bool:
+        return any(slot.asked for slot in self.get(adapter_name, {}).values())
+
+    def drop(self) -> None:
+        """Forget the factors."""
+        for slots in self.values():
+            for slot in slots.values():
+                slot.kept = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of a layer start without."""
+        return Slots, ()
+
+
+class Factors:
+    """Computes and keeps the factors of a model; its layers share one. Note [Factors are kept]."""
+
+    def __init__(self) -> None:
+        self._layers: WeakKeyDictionary[Layer, None] = WeakKeyDictionary()  # in order
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In a copy of a model, the copies of its layers add themselves."""
+        return Factors, ()
+
+    def add(self, layer: Layer) -> None:
+        """Compute the factors of this layer together with those of others."""
+        self._layers[layer] = None
+
+    def update(self, layer: Layer, adapter_name: str, dtype: torch.dtype) -> LowRank | None:
+        """The update of a layer, its scale apart, as factors in `dtype`; None where none can be kept."""
+        sources = layer.sources(adapter_name)
+        if sources is None:
+            return None
+        slot = layer._slots.of(adapter_name, dtype)
+        slot.asked = True
+        member = _Member(slot, layer.method[adapter_name], sources)
+        may_learn = torch.is_grad_enabled() or layer.training
+        kept = slot.kept
+        asked_for = kept is not None and kept.is_of(member.method, sources, may_learn)
+        if kept is not None and asked_for and kept.is_right():
+            return kept.update
+        with_graph = may_learn and sources.learn
+        if with_graph and not (slot.shares if _in_backward() else _may_share()):
+            return None
+        # if values have changed without a sign, those of other layers may have, too
+        suspicious = kept is not None and asked_for and kept.seems_right()
+        with self._lock:
+            members = [member]
+            if not slot.alone:
+                members += [
+                    other
+                    for other in self._others(layer, adapter_name, dtype)
+                    if _kind(other) == _kind(member) and (suspicious or _seems_wrong(other, may_learn))
+                ]
+            _compute(members, dtype, with_graph)
+        return slot.kept.update  # type: ignore[union-attr]
+
+    def _others(self, layer: Layer, adapter_name: str, dtype: torch.dtype) -> Iterator[_Member]:
+        """What other layers ask for in this adapter, or will, and could share with this layer."""
+        for other in list(self._layers):
+            if other is layer or adapter_name not in other.method or other.training != layer.training:
+                continue
+            slot = other._slots.of(adapter_name, dtype)
+            if slot.alone or (not slot.asked and other._slots.has_asked(adapter_name)):
+                continue
+            sources = other.sources(adapter_name)
+            if sources is not None:
+                yield _Member(slot, other.method[adapter_name], sources)
+
+
+def _kind(member: _Member) -> tuple[Any, ...]:
+    """What layers that are computed together have in common."""
+    out = member.sources.out
+    learns = [None if tensor is None else tensor.requires_grad for tensor in member.sources]
+    return member.method, out.shape[-2], out.device, out.dtype, *learns
+
+
+def _seems_wrong(member: _Member, may_learn: bool) -> bool:
+    kept = member.slot.kept
+    return kept is None or not (kept.is_of(member.method, member.sources, may_learn) and kept.seems_right())
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _may_share() -> bool:
+    """Whether gradients may reach parameters late, through a node that layers share."""
+    return not (dist.is_available() and dist.is_initialized()) or _ddp() is not None
+
+
+def _ddp() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward pass this is."""
+    active: DistributedDataParallel | None = DistributedDataParallel._get_active_ddp_module()
+    return active
+
+
+def _compute(members: Sequence[_Member], dtype: torch.dtype, with_graph: bool) -> None:
+    """Compute the factors of layers of one kind and keep them."""
+    batch = _Batch(members[0].method, dtype, [member.sources for member in members], with_graph)
+    if with_graph:
+        ddp = _ddp()
+        batch.slots = [member.slot for member in members]
+        batch.fills = ddp is not None and ddp.find_unused_parameters
+        with torch.enable_grad():
+            flat = _Shared.apply(batch, *(t for member in members for t in member.sources.tensors))
+    else:
+        flat = batch.compute()
+    on_cpu = members[0].sources.out.device.type == "cpu"
+    for i, member in enumerate(members):
+        member.slot.kept = _Kept(
+            LowRank(flat[2 * i], flat[2 * i + 1]),
+            member.method,
+            member.sources,
+            [*map(_bits, batch.copies(i).tensors, member.sources.tensors)] if on_cpu else None,
+            batch if with_graph else None,
+        )
+        member.slot.shares |= with_graph
+
+
+class _Batch:
+    """Layers whose factors are computed together, and their gradients.
+
+    Args:
+        method, dtype: of all of them.
+        sources: as they are now; what changes in them later does not matter.
+        with_graph: whether `backward` will be called.
+    """
+
+    ran = False
+    fills = False  # whether unused layers get zeros
+    slots: Sequence[_Slot] = ()
+
+    def __init__(
+        self, method: Method, dtype: torch.dtype, sources: Sequence[Sources], with_graph: bool
+    ) -> None:
+        self.method, self.dtype, self.sources, self.with_graph = method, dtype, sources, with_graph
+        self.marks = [_marks(one) for one in sources]
+        by_shape: dict[Any, list[int]] = defaultdict(list)
+        for i, one in enumerate(sources):
+            by_shape[one.out.shape, one.into.shape].append(i)
+        self.groups = list(by_shape.values())
+        self.position = {i: (g, j) for g, group in enumerate(self.groups) for j, i in enumerate(group)}
+        with torch.no_grad():
+            self.stacks = [_stacked([sources[i] for i in group]) for group in self.groups]
+        if with_graph:
+            for group, stack in zip(self.groups, self.stacks):
+                for tensor, source in zip(stack.tensors, sources[group[0]].tensors):
+                    tensor.requires_grad_(source.requires_grad)
+
+    def copies(self, i: int) -> Sources:
+        """The tensors of a layer as they were."""
+        group, j = self.position[i]
+        return self.stacks[group].map(lambda stack: stack.detach()[j])
+
+    def compute(self) -> list[Tensor]:
+        """left (..., m, k) and right (..., k, n) of the first layer, of the second, ..."""
+        with torch.set_grad_enabled(self.with_graph), out_of_sight():
+            updates = _updates(self.method, self.dtype, self.stacks)
+        self.updates = updates if self.with_graph else []
+        places = [self.position[i] for i in range(len(self.sources))]
+        return [side.detach()[j] for g, j in places for side in (updates[g].left, updates[g].right)]
+
+    def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of the tensors of every layer, from those of its factors; None for unused layers."""
+        self.ran = True
+        pairs = list(zip(grads[::2], grads[1::2]))
+        used = [i for i, (left, right) in enumerate(pairs) if left is not None or right is not None]
+        if torch.is_grad_enabled():
+            found = self._differentiable(used, pairs)
+        elif len(used) < len(pairs):
+            part = _Batch(self.method, self.dtype, [self.copies(i) for i in used], with_graph=True)
+            part.compute()
+            found = part._of_all([pairs[i] for i in used])
+        else:
+            found = self._of_all(pairs)
+        results: list[Tensor | None] = []
+        by_layer = dict(zip(used, found))
+        for i, one in enumerate(self.sources):
+            if i in by_layer:
+                results += by_layer[i]
+            elif self.fills:
+                self.slots[i].alone = True
+                results += [torch.zeros_like(t) if t.requires_grad else None for t in one.tensors]
+            else:
+                results += [None] * len(one.tensors)
+        return results
+
+    def _of_all(self, pairs: Sequence[_Pair]) -> list[list[Tensor | None]]:
+        outputs, reached = [], []
+        for group, update in zip(self.groups, self.updates):
+            lefts, rights = zip(*(pairs[i] for i in group))
+            # what is contiguous is the transpose of a left factor
+            reached += [_joined([g if g is None else g.mT for g in lefts], update.left.mT).mT]
+            reached += [_joined(rights, update.right)]
+            outputs += [update.left, update.right]
+        leaves = [tensor for stack in self.stacks for tensor in stack.tensors]
+        learning = [leaf for leaf in leaves if leaf.requires_grad]
+        found = torch.autograd.grad(outputs, learning, reached, retain_graph=True, allow_unused=True)
+        by_leaf = dict(zip(map(id, learning), found))
+        results = []
+        for i in range(len(pairs)):
+            g, j = self.position[i]
+            stacked = [by_leaf.get(id(leaf)) for leaf in self.stacks[g].tensors]
+            results.append([None if grad is None else grad[j] for grad in stacked])
+        return results
+
+    def _differentiable(self, used: Sequence[int], pairs: Sequence[_Pair]) -> list[list[Tensor | None]]:
+        """Gradients that can be differentiated again, back to the tensors themselves."""
+        outputs, reached, tensors = [], [], []
+        for i in used:
+            one = self.sources[i]
+            if self.marks[i] != _marks(one):
+                raise RuntimeError(
+                    "adapter parameters must not change between a forward pass and a backward pass that is "
+                    "to be differentiated again (create_graph=True), got changed ones"
+                )
+            (update,) = _updates(self.method, self.dtype, [_stacked([one])])
+            pair = [(f[0], g) for f, g in zip((update.left, update.right), pairs[i]) if g is not None]
+            outputs += [factor for factor, _ in pair]
+            reached += [grad for _, grad in pair]
+            tensors += [tensor for tensor in one.tensors if tensor.requires_grad]
+        found = torch.autograd.grad(outputs, tensors, reached, create_graph=True, allow_unused=True)
+        by_tensor = dict(zip(map(id, tensors), found))
+        return [[by_tensor.get(id(tensor)) for tensor in self.sources[i].tensors] for i in used]
+
+
+class _Shared(torch.autograd.Function):
+    """The autograd node of a batch: from the tensors of all layers to their factors."""
+
+    @staticmethod
+    def forward(ctx: Any, batch: _Batch, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.batch = batch
+        ctx.set_materialize_grads(False)
+        return tuple(batch.compute())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.batch.backward(grads)
+
+
+def _stacked(sources: Sequence[Sources]) -> Sources:
+    """Tensors of several layers of one shape, with the layers as first axis."""
+    tensors = [None if of_layers[0] is None else torch.stack(of_layers) for of_layers in zip(*sources)]
+    return Sources(*tensors)  # type: ignore[arg-type]
+
+
+def _joined(grads: Sequence[Tensor | None], factor: Tensor) -> Tensor:
+    """Gradients of a factor (L, ...) of L layers; zero where there is none."""
+    return torch.stack([torch.zeros_like(factor[0]) if grad is None else grad for grad in grads])
+
+
+def _updates(method: Method, dtype: torch.dtype, stacks: Sequence[Sources]) -> list[LowRank]:
+    """The updates (L, ..., m, n) of stacks of L layers."""
+    frees = [stack.free() for stack in stacks]
+    batches = [free.map(partial(torch.flatten, end_dim=free.out.ndim - 3)) for free in frees]
+    updates = method.updates(batches, [stack.radius.flatten() for stack in stacks])
+    results = []
+    for free, update in zip(frees, updates):
+        left, right = (side.unflatten(0, free.out.shape[:-2]) for side in (update.left, update.right))
+        results.append(LowRank(*LowRank(left, right).balanced_for(dtype)))
+    return results
+
+
+def out_of_sight() -> AbstractContextManager[Any]:
+    """Saved-tensor hooks, such as those of gradient checkpointing, do not see what is saved meanwhile."""
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
