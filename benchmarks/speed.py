@@ -36,12 +36,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+import speed_training
+import speed_use
 import torch
+from speed_bench import Bench, Row
 from speed_figures import Failure, attempt, ceilings
-from speed_kinds import KINDS, Bench, Row
-from speed_models import JOINT, METHODS, NOTES, REFERENCE, SVD, Cell
+from speed_models import FULL, JOINT, METHODS, NOTES, REFERENCE, SVD, Cell
 from speed_targets import LEFT_OUT, Growth, Verdict, growth, verdicts
 
+KINDS = {**speed_training.KINDS, **speed_use.KINDS}
 OURS = (REFERENCE, JOINT, SVD)
 """What a cell of a preset measures that is there for an axis or a target."""
 
@@ -381,7 +384,7 @@ def _measured(job: Job, options: argparse.Namespace, bounds: dict[str, float] | 
     wanted = options.methods or METHODS
     rows = []
     for kind in job.kinds:
-        found = attempt(functools.partial(bench.rows, kind))  # a cell that fails costs its own rows only
+        found = attempt(functools.partial(KINDS[kind], bench))  # a cell that fails costs its own rows only
         found = bench.refused(kind, found.reason) if isinstance(found, Failure) else found
         for figure, group in itertools.groupby(found, key=lambda row: row.kind):
             rows += group

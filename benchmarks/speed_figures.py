@@ -99,6 +99,8 @@ def interleaved(
     failed: dict[str, str] = {}
     names = list(actions)
     collecting = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # what is there already need not be searched in every round
     try:
         for number in range(warmup + rounds):
             gc.collect()
@@ -114,8 +116,8 @@ def interleaved(
                     failed[name] = f"a round took {spent:.1f} s, more than the patience of {patience:g} s"
                 elif number >= warmup:
                     seconds[name].append(spent)
-            gc.enable()
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
     return {name: times for name, times in seconds.items() if name not in failed}, failed

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from speed_kinds import Row
+from speed_bench import Row
 from speed_models import JOINT, SVD, Cell
 
 

@@ -18,10 +18,12 @@ BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
 sys.path.insert(0, BENCHMARKS)
 try:
     import speed
+    import speed_bench as bench
     import speed_figures as figures
-    import speed_kinds as kinds
     import speed_models as models
     import speed_targets as targets
+    import speed_training
+    import speed_use
 finally:
     sys.path.remove(BENCHMARKS)
 
@@ -74,7 +76,7 @@ def test_ratios_are_paired_by_round(content: dict[str, Any]) -> None:
 def test_decode_has_more_rounds_and_the_cayley_part_is_compared_with_its_own_step(
     content: dict[str, Any],
 ) -> None:
-    assert len(rows_of(content, "decode")[models.JOINT]["samples"]) == 3 * kinds.DECODE_STEPS
+    assert len(rows_of(content, "decode")[models.JOINT]["samples"]) == 3 * speed_use.DECODE_STEPS
     assert rows_of(content, "cayley")[models.SVD]["reference"] == "train step of NB-LoRA svd"
 
 
@@ -199,21 +201,21 @@ def test_a_parameter_without_a_gradient_is_a_broken_measurement() -> None:
     model = models.base_model(cell)
     model.unused = nn.Parameter(torch.ones(1))
     with pytest.raises(figures.Broken, match="unused"):
-        kinds._probe(model, models.loss_of, models.batch(cell))
+        speed_training._probe(model, models.loss_of, models.batch(cell))
 
 
 # ------------------------------------------------------------------------------------------ targets
 
 
-def train_row(ratio: float | None, **cell: Any) -> kinds.Row:
+def train_row(ratio: float | None, **cell: Any) -> bench.Row:
     quartiles = None if ratio is None else figures.Quartiles(ratio, ratio, ratio)
     reason = "it broke" if ratio is None else None
-    return kinds.Row(
+    return bench.Row(
         "train", models.JOINT, models.Cell(**cell), figure=quartiles, ratio=quartiles, reason=reason
     )
 
 
-def verdict(*rows: kinds.Row, gpu: bool = False) -> targets.Verdict:
+def verdict(*rows: bench.Row, gpu: bool = False) -> targets.Verdict:
     return targets.judge(targets.TARGETS[0], models.JOINT, rows, gpu=gpu)
 
 
