@@ -290,6 +290,11 @@ def _seems_wrong(member: _Member, may_learn: bool) -> bool:
     return kept is None or not (kept.is_of(member.method, member.sources, may_learn) and kept.seems_right())
 
 
+def _compared(device: torch.device) -> bool:
+    """Whether tensors are compared with copies, which elsewhere would wait for the device."""
+    return device.type == "cpu"
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -316,13 +321,13 @@ def _compute(members: Sequence[_Member], dtype: torch.dtype, with_graph: bool) -
             flat = _Shared.apply(batch, *(t for member in members for t in member.sources.tensors))
     else:
         flat = batch.compute()
-    on_cpu = members[0].sources.out.device.type == "cpu"
+    compared = _compared(members[0].sources.out.device)
     for i, member in enumerate(members):
         member.slot.kept = _Kept(
             LowRank(flat[2 * i], flat[2 * i + 1]),
             member.method,
             member.sources,
-            [*map(_bits, batch.copies(i).tensors, member.sources.tensors)] if on_cpu else None,
+            [*map(_bits, batch.copies(i).tensors, member.sources.tensors)] if compared else None,
             batch if with_graph else None,
         )
         member.slot.shares |= with_graph
@@ -358,10 +363,12 @@ class _Batch:
                 for tensor, source in zip(stack.tensors, sources[group[0]].tensors):
                     tensor.requires_grad_(source.requires_grad)
 
-    def copies(self, i: int) -> Sources:
-        """The tensors of a layer as they were."""
+    def copies(self, i: int, *, learn: bool = False) -> Sources:
+        """The tensors of a layer as they were; to `learn`, those that require gradients do so here."""
         group, j = self.position[i]
-        return self.stacks[group].map(lambda stack: stack.detach()[j])
+        return self.stacks[group].map(
+            lambda stack: stack.detach()[j].requires_grad_(learn and stack.requires_grad)
+        )
 
     def compute(self) -> list[Tensor]:
         """left (..., m, k) and right (..., k, n) of the first layer, of the second, ..."""
@@ -379,7 +386,9 @@ class _Batch:
         if torch.is_grad_enabled():
             found = self._differentiable(used, pairs)
         elif len(used) < len(pairs):
-            part = _Batch(self.method, self.dtype, [self.copies(i) for i in used], with_graph=True)
+            part = _Batch(
+                self.method, self.dtype, [self.copies(i, learn=True) for i in used], with_graph=True
+            )
             part.compute()
             found = part._of_all([pairs[i] for i in used])
         else:

@@ -121,7 +121,7 @@ def _adapted_linear(
     output = functional.linear(rows, weight, bias)
     hidden = functional.linear(rows, right)
     output.addmm_(hidden, left.mT)
-    return output.view(*x.shape[:-1], -1), hidden
+    return output.view(*x.shape[:-1], len(weight)), hidden
 
 
 class _AdaptedLinear(torch.autograd.Function):
