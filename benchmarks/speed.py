@@ -5,8 +5,7 @@
     python benchmarks/speed.py --gpu [1b] [8b]          # Llamas of these shapes in bfloat16
     python benchmarks/speed.py --hidden 512 1024 --rank 16 --what train memory --methods LoRA "NB-LoRA joint"
 
-All methods of a cell take turns, round by round, each starting one place later than in the round before;
-warm-up rounds do not count. Printed are medians and quartiles, of the figure and of its ratio to LoRA's in
+All methods of a cell take turns, round by round, in changing order; warm-up rounds do not count. Printed are medians and quartiles, of the figure and of its ratio to LoRA's in
 the same round. `--what`, `--methods`, `--rounds` and `--warmup` also narrow or change a preset. A method that
 cannot be measured somewhere has a row that says why.
 """
@@ -65,12 +64,12 @@ def quick() -> list[Job]:
     wide = replace(main, hidden=1024, layers=1)
     half = replace(main, dtype="bfloat16")
     return [
-        Job(main, ("train", "memory")),
+        Job(main, ("train", "memory"), rounds=7),
         Job(main, ("forward", "prefill", "decode", "decode-merged"), rounds=5),
         Job(main, FILES, rounds=5),
         Job(main, ("cayley",), OURS, rounds=5),
         Job(half, ("train", "memory", "decode"), rounds=5),
-        *(Job(replace(wide, rank=rank), ("train",), OURS, rounds=15) for rank in (8, 16, 64)),
+        *(Job(replace(wide, rank=rank), ("train",), OURS, rounds=11) for rank in (8, 16, 64)),
         *(Job(replace(main, layers=layers), ("train",), OURS, rounds=7) for layers in (1, 4)),
         Job(replace(main, tokens=256), ("train",), OURS, rounds=7),
         Job(replace(main, tokens=2048), ("train",), OURS, rounds=7),

@@ -88,8 +88,9 @@ def interleaved(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Let actions take turns, so that a disturbance meets all of them.
 
-    Every round runs each action once, and starts one action later than the round before. One that takes
-    more than `patience` seconds has failed.
+    Every round runs each action once. Every second one goes backwards, and starts one action later than
+    the second last, so that none has the same place, nor the same one before it. An action that takes more
+    than `patience` seconds has failed.
 
     Returns:
         Seconds of every round by name, without the first `warmup` rounds; and why an action failed, for
@@ -105,8 +106,9 @@ def interleaved(
         for number in range(warmup + rounds):
             gc.collect()
             gc.disable()
-            turn = number % len(names) if names else 0
-            for name in names[turn:] + names[:turn]:
+            turn = number // 2 % len(names) if names else 0
+            order = names[turn:] + names[:turn]
+            for name in order[::-1] if number % 2 else order:
                 if name in failed:
                     continue
                 spent = attempt(functools.partial(_timed, actions[name], device))
