@@ -5,7 +5,8 @@
     python benchmarks/speed.py --gpu [1b] [8b]          # Llamas of these shapes in bfloat16
     python benchmarks/speed.py --hidden 512 1024 --rank 16 --what train memory --methods LoRA "NB-LoRA joint"
 
-All methods of a cell take turns, round by round, in changing order; warm-up rounds do not count. Printed are medians and quartiles, of the figure and of its ratio to LoRA's in
+All methods of a cell take turns, round by round, in changing order; warm-up rounds do not count. Printed
+are medians and quartiles, of the figure and of its ratio to LoRA's in
 the same round. `--what`, `--methods`, `--rounds` and `--warmup` also narrow or change a preset. A method that
 cannot be measured somewhere has a row that says why.
 """
@@ -40,7 +41,7 @@ import speed_use
 import torch
 from speed_bench import Bench, Row
 from speed_figures import Failure, attempt, ceilings
-from speed_models import FULL, JOINT, METHODS, NOTES, REFERENCE, SVD, Cell
+from speed_models import FROZEN, FULL, JOINT, METHODS, NOTES, REFERENCE, SVD, Cell
 from speed_targets import LEFT_OUT, Growth, Verdict, growth, verdicts
 
 KINDS = {**speed_training.KINDS, **speed_use.KINDS}
@@ -68,7 +69,8 @@ def quick() -> list[Job]:
         Job(main, ("forward", "prefill", "decode", "decode-merged"), rounds=5),
         Job(main, FILES, rounds=5),
         Job(main, ("cayley",), OURS, rounds=5),
-        Job(half, ("train", "memory", "decode"), rounds=5),
+        Job(half, ("train", "memory"), rounds=5),
+        Job(half, ("decode",), (FROZEN, *OURS), rounds=5),
         *(Job(replace(wide, rank=rank), ("train",), OURS, rounds=11) for rank in (8, 16, 64)),
         *(Job(replace(main, layers=layers), ("train",), OURS, rounds=7) for layers in (1, 4)),
         Job(replace(main, tokens=256), ("train",), OURS, rounds=7),
