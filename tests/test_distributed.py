@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from conftest import tiny_llama, tokens
 from job_samples import fork, status_of
 from nblora import NBLoraConfig, certify
+from nblora.tuner import nblora_layers
+from test_factors import inputs, mixed
 
 STEPS = 4
 CLIP = 0.015  # below every norm of the gradient that these runs have
@@ -114,6 +117,47 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: fl
         torch.testing.assert_close(
             found[name], value, rtol=0, atol=atol, msg=lambda text, name=name: name + text
         )
+
+
+# whether each process leaves the last layer out, step by step
+SKIPS = [(False, False), (True, True), (False, True), (False, False), (True, False)]
+
+
+def skipping_steps(model: nn.Module, inner: PeftModel, processes: list[int]) -> list[Tensor]:
+    """Two micro-batches a step; the parameters after each step."""
+    optimizer = torch.optim.SGD(trained(inner), lr=0.5)
+    history = []
+    for step, skips in enumerate(SKIPS):
+        for micro in range(2):
+            last = micro == 1
+            waits = nullcontext() if last or model is inner else model.no_sync()
+            with waits:
+                for process in processes:
+                    inner.get_base_model().skips = skips[process]
+                    x = inputs(count=8)[4 * process :][:4] * (1 + micro + step)
+                    (model(x).square().mean() / len(processes)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(torch.cat([parameter.detach().flatten() for parameter in trained(inner)]))
+    return history
+
+
+def test_layers_that_are_sometimes_unused_learn_under_ddp(tmp_path: Path) -> None:
+    """DDP waits for every parameter that an output's graph may reach, and layers share one node."""
+
+    def work(rank: int) -> dict[str, Any]:
+        model = mixed()
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        history = skipping_steps(wrapped, model, [rank])
+        slots = [layer._slots["default"][torch.float32] for layer in nblora_layers(model, "default").values()]
+        return {"history": history, "alone": [slot.alone for slot in slots]}
+
+    alone = mixed()
+    expected = skipping_steps(alone, alone, [0, 1])
+    for found in in_two_processes(work, tmp_path):
+        for got, want in zip(found["history"], expected):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+        assert found["alone"] == [False, False, False, False, True]
 
 
 @pytest.mark.filterwarnings("ignore:FSDP.state_dict_type:FutureWarning")

@@ -398,12 +398,15 @@ class _Batch:
         for i, one in enumerate(self.sources):
             if i in by_layer:
                 results += by_layer[i]
-            elif self.fills:
-                self.slots[i].alone = True
+            elif self.fills and self._is_waited_for(self.slots[i]):
+                self.slots[i].alone, self.slots[i].kept = True, None
                 results += [torch.zeros_like(t) if t.requires_grad else None for t in one.tensors]
             else:
                 results += [None] * len(one.tensors)
         return results
+
+    def _is_waited_for(self, slot: _Slot) -> bool:
+        return slot.kept is None or slot.kept.batch is self  # and not reached through another batch
 
     def _of_all(self, pairs: Sequence[_Pair]) -> list[list[Tensor | None]]:
         outputs, reached = [], []
