@@ -5,10 +5,10 @@
     python benchmarks/speed.py --gpu [1b] [8b]          # Llamas of these shapes in bfloat16
     python benchmarks/speed.py --hidden 512 1024 --rank 16 --what train memory --methods LoRA "NB-LoRA joint"
 
-All methods of a cell take turns, round by round, in changing order; warm-up rounds do not count. Printed
-are medians and quartiles, of the figure and of its ratio to LoRA's in
-the same round. `--what`, `--methods`, `--rounds` and `--warmup` also narrow or change a preset. A method that
-cannot be measured somewhere has a row that says why.
+All methods of a cell take turns, round by round, in changing order; warm-up rounds do not count. Printed are
+medians and quartiles, of the figure and of its ratio to LoRA's in the same round. `--what`, `--methods`,
+`--rounds` and `--warmup` also narrow or change a preset. A method that cannot be measured somewhere has a row
+that says why.
 """
 
 from __future__ import annotations
