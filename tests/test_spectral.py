@@ -50,7 +50,7 @@ def exact_norm(matrix: Tensor) -> Tensor:
 SMALL, LARGE = (40, 70), (300, 420)
 assert min(SMALL) <= spectral._EXACT_SIDE < min(LARGE)
 
-# with a gap below the largest singular value, so that the limits are within 2e-4 of each other
+# with a gap below the largest singular value, so that the limits are within 1e-3 of each other
 APART: dict[str, Callable[[int, int], Tensor]] = {
     "positive": torch.rand,
     "integer, not centred": lambda m, n: torch.randint(-3, 9, (m, n)),
@@ -101,7 +101,7 @@ def test_limits_hold_and_are_tight(kind: str, shape: tuple[int, int]) -> None:
         assert limit.dtype == torch.float64
         assert limit.device.type == "cpu"
     assert lower <= exact <= upper
-    assert upper <= lower * (1 + (1e-12 if shape == SMALL else 2e-4 if kind in APART else 1e-2))
+    assert upper <= lower * (1 + (1e-12 if shape == SMALL else 1e-3 if kind in APART else 1e-2))
     assert torch.equal(spectral_norm(matrix), upper)
 
 
@@ -374,7 +374,7 @@ def test_the_weight_is_not_copied(dtype: torch.dtype, view: Callable[[Tensor], T
     with Sizes() as sizes:
         spectral_norm(matrix)
     assert sizes.made
-    assert max(sizes.made) <= spectral._CHUNK["cpu"] < matrix.numel() / 3
+    assert max(sizes.made) <= spectral._CHUNK * torch.get_num_threads() < matrix.numel() / 3
 
 
 # --- precision ---

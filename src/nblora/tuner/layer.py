@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from nblora.bounds import spectral_norm
 from nblora.lowrank import LowRank, plain_operations_only
 from nblora.parametrizations import FreeParameters, effective_rank, random_start, zero_start
+from nblora.spectral import spectral_norm
 from nblora.tuner.config import NBLoraConfig
 from nblora.tuner.factors import Factors, Slots, Sources, out_of_sight
 from nblora.tuner.quantized import (
@@ -276,15 +276,13 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             return torch.full_like(radius, torch.nan)
         for merged in self.merged_adapters:
             weight = weight - self._dense(self._merged[merged].update)
-        matrices = self._matrix(weight)
         try:
-            norms = [spectral_norm(matrix) for matrix in matrices.reshape(-1, *matrices.shape[-2:])]
+            radius = radius * spectral_norm(self._matrix(weight))
         except ValueError as error:
             raise ValueError(
                 f"the base weight of layer {layer_name!r} must be finite for a relative bound, "
                 "got NaN or infinity"
             ) from error
-        radius = radius * torch.stack(norms).reshape(self.batch_shape)
         if bool((radius == 0).any()):
             warnings.warn(
                 f"The base weight of layer {layer_name!r} is zero, so its relative bound is zero "
