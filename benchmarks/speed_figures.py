@@ -182,11 +182,11 @@ def saved_bytes(forward: Callable[[], Tensor], resident: Iterable[Tensor]) -> in
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes beyond those that were allocated before the step.
+    """Bytes beyond those that were allocated before, parameters and buffers.
 
     Attributes:
         after_forward: between the forward and the backward pass, the loss apart.
-        peak: at most during the step.
+        peak: at most until the end of the backward pass.
     """
 
     after_forward: int
@@ -197,7 +197,11 @@ _START, _MIDDLE = "benchmark: forward starts", "benchmark: forward is done"
 
 
 def held_bytes(forward: Callable[[], Tensor], backward: Callable[[Tensor], Any], device: str) -> Held:
-    """What a train step allocates, as the allocator counts it: whatever keeps it, temporaries included."""
+    """What a forward and backward pass allocate, as the allocator counts it: whatever keeps it.
+
+    Of a model that has not run before: what an earlier step left behind would be there already, and not
+    count, however long the model keeps it.
+    """
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -209,9 +213,7 @@ def held_bytes(forward: Callable[[], Tensor], backward: Callable[[Tensor], Any],
         backward(loss)
         torch.cuda.synchronize()
         return Held(after, torch.cuda.max_memory_allocated() - start)
-    # the profiler misses the release of what was allocated before it, so a step goes ahead of the measured
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiled:
-        backward(forward())
         with record_function(_START):
             pass
         loss = forward()

@@ -28,6 +28,7 @@ from speed_models import (
     JOINT,
     REFERENCE,
     SVD,
+    adapt,
     loss_of,
     trainable,
     trainable_count,
@@ -207,22 +208,19 @@ def _cayley(bench: Bench) -> list[Row]:
 
 
 def _memory(bench: Bench) -> list[Row]:
-    """Bytes saved for backward, held between forward and backward, and at most during a train step."""
+    """Bytes saved for backward, held between forward and backward, and at most until backward is done."""
     models, missing = bench.built
     found: dict[str, dict[str, int]] = {}
     failed = dict(missing)
     if bench.cell.compile:
         failed |= dict.fromkeys(models, "memory is measured uncompiled only")
-    for name, model in models.items():
+    for name in models:
         if name in failed:
             continue
         if name == FROZEN:
             failed[name] = "it keeps nothing: no gradients"
             continue
-        measure = functools.partial(
-            _bytes, model.train(), bench.optimizers[name], bench.inputs, bench.cell.device
-        )
-        figures = attempt(measure)
+        figures = attempt(functools.partial(_bytes, bench, name))
         if isinstance(figures, Failure):
             failed[name] = figures.reason
         else:
@@ -246,23 +244,17 @@ def _memory(bench: Bench) -> list[Row]:
     return rows
 
 
-def _bytes(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, device: str) -> dict[str, int]:
-    def forward() -> Tensor:
-        return loss_of(model, inputs)
-
-    def backward(loss: Tensor) -> None:
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    backward(forward())  # what is allocated once and kept
-    held = held_bytes(forward, backward, device)
+def _bytes(bench: Bench, name: str) -> dict[str, int]:
+    model, optimizer = bench.built[0][name].train(), bench.optimizers[name]
+    _step(model, optimizer, loss_of, bench.inputs, 1)  # the optimizer's state
     resident = [*model.parameters(), *model.buffers()]
-    saved = saved_bytes(forward, resident)
+    saved = saved_bytes(lambda: loss_of(model, bench.inputs), resident)
     optimizer.zero_grad()
-    state = [t for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
+    fresh = adapt(bench.base, bench.cell, name)
+    held = held_bytes(lambda: loss_of(fresh, bench.inputs), Tensor.backward, bench.cell.device)
     if held.after_forward <= 0 or held.peak < held.after_forward:
-        raise Broken(f"a forward pass must allocate, and a step no less, got {held}")
+        raise Broken(f"a forward pass must allocate, and with the backward pass no less, got {held}")
+    state = [t for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
     return {
         "saved": saved,
         "held": held.after_forward,

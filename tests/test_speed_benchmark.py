@@ -161,6 +161,19 @@ def test_held_memory_sees_what_autograd_does_not() -> None:
     assert 20000 <= held.peak <= 20000 + 8000
 
 
+def test_what_a_model_keeps_from_step_to_step_is_held() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1000))
+
+        def forward(self) -> torch.Tensor:
+            self.kept = self.weight.detach().exp()
+            return self.weight.sum()
+
+    assert 4000 <= figures.held_bytes(Keeps(), torch.Tensor.backward, "cpu").after_forward <= 4000 + 64
+
+
 def test_saved_storages_count_once_and_only_while_their_graph_lives() -> None:
     weight = nn.Parameter(torch.ones(100))
     x = torch.randn(50, 100)
