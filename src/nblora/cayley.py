@@ -98,11 +98,11 @@ def _transform(counts: Sequence[int], flat: Sequence[Tensor]) -> tuple[list[Tens
     results = []
     inverses = inverse.split([len(pieces[0]) for pieces in batches])
     for pieces, own in zip(batches, inverses):
-        below = [-2 * (own @ piece) for piece in _below(pieces, k)]
+        below = [(-2 * own) @ piece for piece in _below(pieces, k)]
         results.append([torch.cat([2 * own - eye, below[0]], dim=-1), *below[1:]])
     length = _length(torch.cat([_gram(rows) for rows in results]).detach())
     lengths = length.split([len(pieces[0]) for pieces in batches])
-    rows = [piece / own for pieces, own in zip(results, lengths) for piece in pieces]
+    rows = [piece.div_(own) for pieces, own in zip(results, lengths) for piece in pieces]
     return rows, inverse, length
 
 
@@ -138,9 +138,7 @@ class _Cayley(torch.autograd.Function):
         for own, pieces, f, a, s in zip(
             by_batch, batches, factor.split(sizes), skew.split(sizes), symmetric.split(sizes)
         ):
-            below = [
-                torch.baddbmm(s @ y, f.mT, g, alpha=-2) for g, y in zip(_below(own, k), _below(pieces, k))
-            ]
+            below = [(s @ y).baddbmm_(f.mT, g, alpha=-2) for g, y in zip(_below(own, k), _below(pieces, k))]
             results += [torch.cat([a, below[0]], dim=-1), *below[1:]]
         return None, *results
 
