@@ -156,6 +156,7 @@ def test_held_memory_sees_what_autograd_does_not() -> None:
         kept = temporary[:1].clone()
 
     assert figures.saved_bytes(forward, [weight]) == 0
+    weight.grad = None
     held = figures.held_bytes(forward, backward, "cpu")
     assert 4000 <= held.after_forward <= 4000 + 64  # and the loss
     assert 20000 <= held.peak <= 20000 + 8000
