@@ -79,7 +79,7 @@ def grads(model: nn.Module) -> dict[str, Tensor | None]:
 def one_by_one() -> Iterator[None]:
     """Every layer by itself, at every call anew, with PyTorch's own operations."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factors.Factors, "update", lambda *_: None)
+        patch.setattr(factors.Factors, "update", lambda *_, **__: None)
         patch.setattr(linear, "_is_bare_linear", lambda *_: False)
         yield
 
@@ -369,6 +369,43 @@ def test_what_learns_in_part_learns_that_part() -> None:
     with one_by_one():
         model(inputs()).square().sum().backward()
     same(found, grads(model), atol=1e-5, rtol=1e-4)
+
+
+def wide(rows: int) -> tuple[PeftModel, Tensor]:
+    torch.manual_seed(0)
+    config = NBLoraConfig(r=16, target_modules=["0", "2"], init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(600, 700), nn.Tanh(), nn.Linear(700, 600)), config)
+    return model.eval(), torch.randn(rows, 600)
+
+
+@pytest.mark.parametrize("change", [through_data, past_counters, in_place, new_data, reload])
+@torch.no_grad()
+def test_a_token_never_meets_stale_factors(change: Callable[[nn.Module], None]) -> None:
+    """Of a large adapter only a part is compared for every token."""
+    model, x = wide(rows=1)
+    before = model(x)
+    assert torch.equal(model(x), before)
+    change(model)
+    with one_by_one():
+        expected = model(x)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(expected, before, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_secret_change_of_one_entry_is_seen_in_the_end() -> None:
+    model, x = wide(rows=20)
+    model(x)
+    first(model).nblora_in["default"].weight.detach().numpy()[7, 599] += 3
+    with one_by_one():
+        expected = model(x)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)  # more rows than a glance is for
+    first(model).nblora_in["default"].weight.detach().numpy()[9, 1] += 3
+    tensor = first(model).nblora_in["default"].weight
+    for _ in range(tensor.nbytes // factors._WINDOW + 1):
+        got = model(x[:1])
+    with one_by_one():
+        torch.testing.assert_close(got, model(x[:1]), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import starmap
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters
-from nblora.tuner.weights import Method
+from nblora.tuner.weights import Method, has_been_hooked, stored
 
 # Note [Factors are kept]
 #
@@ -33,11 +31,14 @@ from nblora.tuner.weights import Method
 #
 # When are they right? A tensor's version counter misses writes through `.data` (PEFT's hotswap, some
 # optimizers) and through NumPy. On the CPU the tensors are therefore compared with copies, which is exact
-# and costs a small part of the factors' use. On other devices a comparison would wait for the device on
-# every call. There version and address decide, and whatever else tells of an update: an optimizer has made
-# a step, or gradients were computed and are gone again. Since eval() and the change to train() drop what
-# was kept, what goes unnoticed there is a write through `.data` between two calls in one mode, without an
-# optimizer.
+# and costs a small part of the factors' use. Only where a large adapter (more than 16 KiB a layer) is used
+# for a few rows, a token or so, would that cost as much as the use. There the versions and a glance decide,
+# at 512 bytes of every tensor, others each time: so what changes a whole tensor is seen at once, and what
+# changes one entry in secret when more rows come, or when the glance has come round. On other devices a
+# comparison would wait for the device. There version and address decide, and whatever else tells of an
+# update: an optimizer has made a step, or gradients were computed and are gone again. Since eval() and the
+# change to train() drop what was kept, what goes unnoticed there is a write through `.data` between two
+# calls in one mode, without an optimizer.
 #
 # Gradients: all layers of a batch share one autograd node, whose backward pass runs once for all of them.
 # It keeps what it needs itself, so that a second backward pass through it works (PyTorch frees what was
@@ -99,6 +100,9 @@ class Layer(Protocol):
         """The tensors of an adapter, None where they cannot be kept."""
 
 
+_SMALL, _WINDOW = 2**14, 2**9  # bytes: of an adapter that is compared as a whole, of what a glance compares
+
+
 class _Steps:
     """Counts the steps of all optimizers."""
 
@@ -120,15 +124,20 @@ class _Kept:
     update: LowRank
     method: Method
     sources: Sources  # the very tensors
-    bits: list[tuple[Tensor, Tensor]] | None  # of them, as they were and as they are, on the CPU
+    compared: bool  # with what they were
     batch: _Batch | None  # which computed them, where they have gradients
-    places: list[Any] = field(init=False)
-    marks: list[Any] = field(init=False)
+    marks: list[_Mark] = field(init=False)
     steps: int = field(init=False)
+    now: list[memoryview] = field(init=False)
+    then: list[bytearray] = field(init=False)
+    size: int = field(init=False)
+    glances: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.places, self.marks = _places(self.sources), _marks(self.sources)
-        self.steps = _steps.count
+        self.marks, self.steps = _marks(self.sources), _steps.count
+        self.now = [_memory(tensor) for tensor in self.sources.tensors] if self.compared else []
+        self.then = [bytearray(memory) for memory in self.now]
+        self.size, self.glances = sum(map(len, self.then)), 0
 
     def is_of(self, method: Method, sources: Sources, may_learn: bool) -> bool:
         """Whether these are the factors that are asked for, right or not.
@@ -136,7 +145,7 @@ class _Kept:
         Args:
             may_learn: whether gradients may be asked of them.
         """
-        if self.method is not method or not all(map(operator.is_, sources, self.sources)):
+        if self.method is not method or sources is not self.sources:
             return False
         if self.batch is not None:
             return True
@@ -146,37 +155,57 @@ class _Kept:
 
     def seems_right(self) -> bool:
         """Whether nothing but a look at the values could tell that the sources have changed."""
-        if self.marks != _marks(self.sources):
+        if not all(mark.holds() for mark in self.marks):
             return False
-        if self.bits is not None:
+        if self.compared:
             return True
         ran = self.batch is not None and self.batch.ran
         gone = ran and any(t.requires_grad and t.grad is None for t in self.sources.tensors)
         return self.steps == _steps.count and not gone
 
-    def is_right(self) -> bool:
-        if self.bits is None:
+    def is_right(self, *, glance: bool = False) -> bool:
+        """Whether the sources are what they were; to a glance at a few of the values of large ones."""
+        if not self.compared:
             return self.seems_right()
-        return self.places == _places(self.sources) and all(starmap(torch.equal, self.bits))
+        if not glance or self.size <= _SMALL:
+            # in this order: what has moved must not be read where it was
+            return all(mark.is_there() for mark in self.marks) and self.then == self.now
+        self.glances += 1
+        for mark, then, now in zip(self.marks, self.then, self.now):
+            start = self.glances * _WINDOW % len(then)
+            end = start + _WINDOW
+            if not mark.holds() or then[start:end] != now[start:end]:
+                return False
+        return True
 
 
-def _places(sources: Sources) -> list[Any]:
-    """Where tensors are, and as what."""
-    return [(tensor.data_ptr(), tensor.dtype) for tensor in sources if tensor is not None]
+class _Mark(NamedTuple):
+    """What tells of most changes of a tensor, without a look at its values."""
+
+    tensor: Tensor
+    place: int
+    dtype: torch.dtype
+    version: int | None
+
+    def is_there(self) -> bool:
+        """Whether its values are where they were."""
+        return self.tensor.data_ptr() == self.place and self.tensor.dtype is self.dtype
+
+    def holds(self) -> bool:
+        return self.is_there() and (self.version is None or self.tensor._version == self.version)
 
 
-def _marks(sources: Sources) -> list[Any]:
-    """What tells of most changes of tensors, without a look at their values."""
-    versions = [0 if tensor.is_inference() else tensor._version for tensor in sources.tensors]
-    return [*_places(sources), *versions]
+def _marks(sources: Sources) -> list[_Mark]:
+    return [
+        _Mark(tensor, tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version)
+        for tensor in sources.tensors
+    ]
 
 
-def _bits(copy: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors to compare: as few integers as possible, which takes a fraction of the time of floats."""
-    copy, now = copy.flatten(), now.detach()
-    if now.is_contiguous() and now.nbytes % 8 == now.data_ptr() % 8 == copy.data_ptr() % 8 == 0:
-        return copy.view(torch.int64), now.flatten().view(torch.int64)
-    return copy.view(now.shape), now
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, to compare in a tenth of the time of torch.equal."""
+    values: Any = tensor.detach().flatten().view(torch.uint8).numpy()
+    return memoryview(values)
 
 
 @dataclass(eq=False)
@@ -195,26 +224,66 @@ class _Member(NamedTuple):
     sources: Sources
 
 
-class Slots(dict[str, dict[torch.dtype, _Slot]]):
+@dataclass(eq=False)
+class _Reading:
+    """Where the tensors of an adapter were found, to see at little cost that they are still there."""
+
+    sources: Sources
+    places: list[tuple[Any, ...]]
+
+    def holds(self, adapter_name: str) -> bool:
+        for siblings, leaf, members, tensors, tensor in self.places:
+            if siblings.get(adapter_name) is not leaf or tensors.get("weight") is not tensor:
+                return False
+            if leaf is not None and has_been_hooked(members):
+                return False
+        return True
+
+
+class _OfAdapter(dict[torch.dtype, _Slot]):
+    """What is kept of one adapter of one layer."""
+
+    reading: _Reading | None = None
+
+
+class Slots(dict[str, _OfAdapter]):
     """What is kept of one layer, by adapter."""
 
-    def of(self, adapter_name: str, dtype: torch.dtype) -> _Slot:
+    def of(self, adapter_name: str) -> _OfAdapter:
         slots = self.get(adapter_name)
         if slots is None:
-            slots = self[adapter_name] = {}
-        slot = slots.get(dtype)
-        if slot is None:
-            slot = slots[dtype] = _Slot()
-        return slot
-
-    def has_asked(self, adapter_name: str) -> bool:
-        return any(slot.asked for slot in self.get(adapter_name, {}).values())
+            slots = self[adapter_name] = _OfAdapter()
+        return slots
 
     def drop(self) -> None:
         """Forget the factors."""
         for slots in self.values():
             for slot in slots.values():
                 slot.kept = None
+
+    def read(self, adapter_name: str, containers: Sequence[nn.Module]) -> Sources | None:
+        """The tensors of an adapter as they are stored; None where they are not always there.
+
+        Args:
+            containers: of the leaf modules, in the order of `Sources`.
+        """
+        slots = self.of(adapter_name)
+        if slots.reading is not None and slots.reading.holds(adapter_name):
+            return slots.reading.sources
+        slots.reading = None
+        places: list[tuple[Any, ...]] = []
+        for siblings in (container._modules for container in containers):
+            leaf = siblings.get(adapter_name)
+            if leaf is None:
+                places.append((siblings, None, {}, {}, None))
+                continue
+            tensor = stored(leaf)
+            if tensor is None:
+                return None
+            tensors = leaf._parameters if "weight" in leaf._parameters else leaf._buffers
+            places.append((siblings, leaf, leaf.__dict__, tensors, tensor))
+        slots.reading = _Reading(Sources(*(place[-1] for place in places)), places)
+        return slots.reading.sources
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles of a layer start without."""
@@ -236,18 +305,27 @@ class Factors:
         """Compute the factors of this layer together with those of others."""
         self._layers[layer] = None
 
-    def update(self, layer: Layer, adapter_name: str, dtype: torch.dtype) -> LowRank | None:
-        """The update of a layer, its scale apart, as factors in `dtype`; None where none can be kept."""
+    def update(
+        self, layer: Layer, adapter_name: str, dtype: torch.dtype, *, glance: bool = False
+    ) -> LowRank | None:
+        """The update of a layer, its scale apart, as factors in `dtype`; None where none can be kept.
+
+        Args:
+            glance: whether it is to be used so little that comparing all of a large adapter would cost more.
+        """
         sources = layer.sources(adapter_name)
         if sources is None:
             return None
-        slot = layer._slots.of(adapter_name, dtype)
+        slots = layer._slots.of(adapter_name)
+        slot = slots.get(dtype)
+        if slot is None:
+            slot = slots[dtype] = _Slot()
         slot.asked = True
         member = _Member(slot, layer.method[adapter_name], sources)
         may_learn = torch.is_grad_enabled() or layer.training
         kept = slot.kept
         asked_for = kept is not None and kept.is_of(member.method, sources, may_learn)
-        if kept is not None and asked_for and kept.is_right():
+        if kept is not None and asked_for and kept.is_right(glance=glance):
             return kept.update
         with_graph = may_learn and sources.learn
         if with_graph and not (slot.shares if _in_backward() else _may_share()):
@@ -270,8 +348,9 @@ class Factors:
         for other in list(self._layers):
             if other is layer or adapter_name not in other.method or other.training != layer.training:
                 continue
-            slot = other._slots.of(adapter_name, dtype)
-            if slot.alone or (not slot.asked and other._slots.has_asked(adapter_name)):
+            slots = other._slots.of(adapter_name)
+            slot = slots.setdefault(dtype, _Slot())
+            if slot.alone or not (slot.asked or not any(one.asked for one in slots.values())):
                 continue
             sources = other.sources(adapter_name)
             if sources is not None:
@@ -290,9 +369,9 @@ def _seems_wrong(member: _Member, may_learn: bool) -> bool:
     return kept is None or not (kept.is_of(member.method, member.sources, may_learn) and kept.seems_right())
 
 
-def _compared(device: torch.device) -> bool:
-    """Whether tensors are compared with copies, which elsewhere would wait for the device."""
-    return device.type == "cpu"
+def _compared(tensor: Tensor) -> bool:
+    """Whether a tensor is compared with a copy, which elsewhere would wait for the device."""
+    return tensor.is_cpu and tensor.is_contiguous()
 
 
 def _in_backward() -> bool:
@@ -321,13 +400,13 @@ def _compute(members: Sequence[_Member], dtype: torch.dtype, with_graph: bool) -
             flat = _Shared.apply(batch, *(t for member in members for t in member.sources.tensors))
     else:
         flat = batch.compute()
-    compared = _compared(members[0].sources.out.device)
+    compared = all(map(_compared, (t for member in members for t in member.sources.tensors)))
     for i, member in enumerate(members):
         member.slot.kept = _Kept(
             LowRank(flat[2 * i], flat[2 * i + 1]),
             member.method,
             member.sources,
-            [*map(_bits, batch.copies(i).tensors, member.sources.tensors)] if compared else None,
+            compared,
             batch if with_graph else None,
         )
         member.slot.shares |= with_graph
@@ -432,7 +511,7 @@ class _Batch:
         outputs, reached, tensors = [], [], []
         for i in used:
             one = self.sources[i]
-            if self.marks[i] != _marks(one):
+            if not all(mark.holds() for mark in self.marks[i]):
                 raise RuntimeError(
                     "adapter parameters must not change between a forward pass and a backward pass that is "
                     "to be differentiated again (create_graph=True), got changed ones"

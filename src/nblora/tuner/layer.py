@@ -24,7 +24,10 @@ from nblora.tuner.quantized import (
     quantization_backend,
     weight_by_its_action,
 )
-from nblora.tuner.weights import FreeWeight, Method, Radius, stored
+from nblora.tuner.weights import FreeWeight, Method, Radius
+
+FEW_ROWS = 16
+"""Of an input: one token, a few samples."""
 
 
 class RunawayWarning(UserWarning):
@@ -336,24 +339,21 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         """
         if not self.has_adapter(adapter_name):
             raise ValueError(f"the adapter must be one of {sorted(self.method)}, got {adapter_name!r}")
-        called = [None if leaf is None else leaf() for leaf in self._leaves(adapter_name)]
+        called = [
+            container[adapter_name]() if adapter_name in container else None for container in self._containers
+        ]
         return Sources(*called).free()  # type: ignore[arg-type]
 
     def sources(self, adapter_name: str) -> Sources | None:
         """The tensors of an adapter as they are stored; None where they are not always there."""
-        found = []
-        for leaf in self._leaves(adapter_name):
-            tensor = None if leaf is None else stored(leaf)
-            if tensor is None and leaf is not None:
-                return None
-            found.append(tensor)
-        return Sources(*found)  # type: ignore[arg-type]
+        return self._slots.read(adapter_name, self._containers)
 
-    def _leaves(self, adapter_name: str) -> list[nn.Module | None]:
-        """The modules that hold the tensors of an adapter, in the order of `Sources`."""
-        containers: Any = self._modules
+    @property
+    def _containers(self) -> list[Any]:
+        """Of the modules that hold the tensors of adapters, in the order of `Sources`."""
         names = (self.out_name, self.in_name, "nblora_angle", "nblora_scale", "nblora_radius")
-        return [containers[name]._modules.get(adapter_name) for name in names]
+        modules = self._modules
+        return [modules[name] for name in names]
 
     def radius(self, adapter_name: str) -> Tensor:
         """The absolute radius of an adapter's ball: 0-dimensional, or (E,) for E experts."""
@@ -377,14 +377,16 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         scale = self.scaling[adapter_name]
         return update if scale == 1 else LowRank(update.left * scale, update.right)
 
-    def _current_update(self, adapter_name: str, dtype: torch.dtype | None = None) -> LowRank:
+    def _current_update(
+        self, adapter_name: str, dtype: torch.dtype | None = None, *, glance: bool = False
+    ) -> LowRank:
         """`low_rank_update` in a dtype; Note [Factors are kept]."""
         if dtype is None:
             stored = _weight(getattr(self, self.out_name)[adapter_name]).dtype
             dtype = torch.float64 if stored == torch.float64 else torch.float32
         if plain_operations_only():
             return LowRank(*self.low_rank_update(adapter_name).balanced_for(dtype))
-        update = self._factors.update(self, adapter_name, dtype)
+        update = self._factors.update(self, adapter_name, dtype, glance=glance)
         if update is None:
             with out_of_sight():
                 update = LowRank(*self._unscaled_update(adapter_name).balanced_for(dtype))
@@ -609,7 +611,8 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
     def _update_for(self, adapter_name: str, x: Tensor) -> LowRank:
         """The update of an adapter in the dtype in which it acts on x."""
         self._watch(adapter_name)
-        update = self._current_update(adapter_name, self._dtype_for(x))
+        glance = x.numel() <= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()
+        update = self._current_update(adapter_name, self._dtype_for(x), glance=glance)
         if update.left.is_meta and not x.is_meta:  # PyTorch would compute with whatever is in memory
             raise ValueError(
                 f"adapter {adapter_name!r} must be loaded before it is used, got it on the meta device"

@@ -12,7 +12,7 @@ from torch.nn.modules import module as all_modules
 from transformers.pytorch_utils import Conv1D
 
 from nblora.lowrank import LowRank, plain_operations_only
-from nblora.tuner.layer import NBLoraLayer
+from nblora.tuner.layer import FEW_ROWS, NBLoraLayer
 from nblora.tuner.quantized import weight_by_its_action
 
 
@@ -76,6 +76,12 @@ class NBLoraLinear(NBLoraLayer):
             return output
         return _adapted_linear(*tensors)[0]
 
+    def _dtype_for(self, x: Tensor) -> torch.dtype:
+        few = x.dtype.itemsize == 2 and x.is_cpu and x.numel() <= FEW_ROWS * x.shape[-1]
+        if few and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            return torch.float32  # in which a CPU multiplies few rows faster
+        return super()._dtype_for(x)
+
     def _measurable_weight(self) -> Tensor:
         if not isinstance(self.quantization_backend, ForwardOnlyQuantizationBackend):
             return self.get_base_weight()
@@ -111,9 +117,14 @@ def _adapted_linear(
 ) -> tuple[Tensor, Tensor]:
     """x (..., n) through weight (m, n) + left (m, k) @ right (k, n) and bias, and x through `right` (t, k).
 
-    In the dtype of the factors. No other tensor of the output's size is made.
+    In the dtype of the factors, or the update only where the others agree on another one. No further tensor
+    of the output's size is made.
     """
     dtype = left.dtype
+    if dtype is torch.float32 and weight.dtype is x.dtype is not dtype:
+        output = functional.linear(x, weight, bias)
+        hidden = functional.linear(x.float(), right)
+        return output.add_(functional.linear(hidden, left)), hidden
     if weight.dtype is not dtype or x.dtype is not dtype:  # autocast
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
