@@ -168,7 +168,9 @@ def cayley_part(model: nn.Module) -> Callable[[], object]:
     layers = nblora_layers(model, "default").values()
 
     def factors() -> list[Tensor]:
-        updates = [layer.low_rank_update("default") for layer in layers]
+        for layer in layers:
+            layer._slots.drop()  # as after a step of the optimizer
+        updates = [layer._current_update("default") for layer in layers]
         return [factor for update in updates for factor in (update.left, update.right)]
 
     gradients = [torch.ones_like(factor) for factor in factors()]

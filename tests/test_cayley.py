@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nblora.cayley import inverse_tall_cayley, random_frame, tall_cayley
+from nblora import cayley
+from nblora.cayley import inverse_tall_cayley, random_frame, tall_cayley, tall_cayleys
 
 SHAPES = [(1, 1), (7, 1), (2, 2), (8, 8), (9, 8), (30, 5), (3, 30, 5), (2, 3, 6, 6), (200, 64)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -334,3 +335,50 @@ def test_other_dtypes_are_refused(function: object, dtype: torch.dtype) -> None:
     assert callable(function)
     with pytest.raises(ValueError, match=rf"must be float32 or float64, got .*dtype={dtype}"):
         function(torch.zeros(4, 2, dtype=dtype))
+
+
+# --- the gradient that is written out, and several shapes at once ---
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (9, 3), (2, 7, 4)], ids=str)
+@pytest.mark.parametrize("size", [1e-2, 1.0, 5.0])
+def test_gradients_of_first_and_second_order(shape: tuple[int, ...], size: float) -> None:
+    free = free_matrix(shape, size=size).requires_grad_()
+    assert torch.autograd.gradcheck(tall_cayley, (free,))
+    assert torch.autograd.gradgradcheck(tall_cayley, (free,))
+
+
+@every_dtype
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e2, 1e4])
+def test_the_gradient_is_that_of_the_operations(size: float, dtype: torch.dtype) -> None:
+    free = free_matrix((3, 40, 6), size=size, dtype=dtype).requires_grad_()
+    reached = torch.randn(free.shape, dtype=dtype)
+    (written,) = torch.autograd.grad(tall_cayley(free), free, reached)
+    rows, _, _ = cayley._transform([1], [free.mT])
+    (expected,) = torch.autograd.grad(rows[0].mT, free, reached)
+    scale = expected.abs().max()
+    torch.testing.assert_close(written / scale, expected / scale, rtol=0, atol=slack(free) * 10)
+
+
+def test_batches_of_several_shapes_are_each_alone() -> None:
+    shapes = [((2, 4, 9),), ((1, 4, 4), (1, 4, 7)), ((5, 4, 6), (5, 4, 3), (5, 4, 8))]
+    batches = [[torch.randn(shape, dtype=torch.float64) for shape in pieces] for pieces in shapes]
+    flat = [piece.requires_grad_() for pieces in batches for piece in pieces]
+    together = tall_cayleys(batches)
+    alone = [tall_cayley(torch.cat(pieces, dim=-1).mT).mT for pieces in batches]
+    for pieces, expected in zip(together, alone):
+        torch.testing.assert_close(torch.cat(pieces, dim=-1), expected)
+    loss = sum(
+        (i + 1) * torch.cat(pieces, dim=-1).sum(-1).square().sum() for i, pieces in enumerate(together)
+    )
+    other = sum((i + 1) * one.sum(-1).square().sum() for i, one in enumerate(alone))
+    for got, want in zip(torch.autograd.grad(loss, flat), torch.autograd.grad(other, flat)):
+        torch.testing.assert_close(got, want)
+
+
+def test_one_matrix_of_a_batch_cannot_spoil_the_others() -> None:
+    good = torch.randn(1, 3, 8)
+    bad = torch.full((1, 3, 8), torch.nan)
+    ((rows,), (spoiled,)) = tall_cayleys([[good], [bad]])
+    torch.testing.assert_close(rows, tall_cayley(good.mT).mT)
+    assert spoiled.isnan().all()

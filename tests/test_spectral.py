@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,16 @@ from typing import Any
 import pytest
 import scipy.stats
 import torch
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nblora import spectral
+from conftest import TwoLayers
+from nblora import NBLoraConfig, certify, spectral
 from nblora.spectral import spectral_norm, spectral_norm_interval
+from nblora.tuner import layer as layer_module
+from nblora.tuner import nblora_layers
 
 
 def with_spectrum(m: int, n: int, spectrum: Tensor) -> Tensor:
@@ -442,3 +448,75 @@ def test_on_a_gpu(kind: str) -> None:
             assert lower <= exact_norm(matrix) <= upper <= lower * 1.01
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+# --- when it is measured ---
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The weights of which the adapter measures a spectral norm."""
+    weights: list[Tensor] = []
+
+    def spy(weight: Tensor) -> Tensor:
+        weights.append(weight)
+        return spectral_norm(weight)
+
+    monkeypatch.setattr(layer_module, "spectral_norm", spy)
+    return weights
+
+
+def saved(folder: Path) -> PeftModel:
+    model = get_peft_model(TwoLayers(), NBLoraConfig(r=3, target_modules=["first", "second"]))
+    for layer in nblora_layers(model, "default").values():
+        layer.nblora_radius["default"].weight.mul_(0.5)  # not what would be measured
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_loading_an_adapter_measures_nothing(
+    low_memory: bool, measured: list[Tensor], tmp_path: Path
+) -> None:
+    before = saved(tmp_path)
+    assert len(measured) == 2
+    base = TwoLayers()
+    base.load_state_dict(before.get_base_model().state_dict(), strict=False)
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_memory)
+    loaded.load_adapter(tmp_path, "other", low_cpu_mem_usage=low_memory)
+    for layer in nblora_layers(loaded, "default").values():
+        assert not layer._unmeasured
+    assert len(measured) == 2
+    for name in ("default", "other"):
+        radii = [layer.radius(name) for layer in nblora_layers(loaded, name).values()]
+        expected = [layer.radius("default") for layer in nblora_layers(before, "default").values()]
+        assert radii == expected
+    assert certify(loaded).holds
+    assert len(measured) == 2
+
+
+USES: dict[str, Callable[[PeftModel], object]] = {
+    "forward": lambda model: model(torch.ones(2, 12)),
+    "certify": certify,
+    "state_dict": lambda model: model.state_dict(),
+    "merge": lambda model: model.merge_adapter(),
+    "copy": lambda model: copy.deepcopy(model)(torch.ones(2, 12)),
+    "pickle": lambda model: pickle.loads(pickle.dumps(model))(torch.ones(2, 12)),
+    "radius": lambda model: [layer.radius("default") for layer in nblora_layers(model, "default").values()],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_the_configuration_of_a_saved_adapter_also_starts_a_new_one(
+    use: str, measured: list[Tensor], tmp_path: Path
+) -> None:
+    saved(tmp_path)
+    measured.clear()
+    config = NBLoraConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    model = get_peft_model(TwoLayers(), config)
+    USES[use](model)
+    assert len(measured) == 2
+    for layer in nblora_layers(model, "default").values():
+        expected = 0.3 * torch.linalg.matrix_norm(layer.get_base_weight(), 2)
+        torch.testing.assert_close(layer.radius("default"), expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters
-from nblora.tuner.weights import Method, has_been_hooked, stored
+from nblora.tuner.weights import Method, stored
 
 # Note [Factors are kept]
 #
@@ -124,20 +124,51 @@ class _Kept:
     update: LowRank
     method: Method
     sources: Sources  # the very tensors
+    places: Sequence[_Place]
     compared: bool  # with what they were
     batch: _Batch | None  # which computed them, where they have gradients
     marks: list[_Mark] = field(init=False)
     steps: int = field(init=False)
     now: list[memoryview] = field(init=False)
     then: list[bytearray] = field(init=False)
-    size: int = field(init=False)
-    glances: int = field(init=False)
+    large: bool = field(init=False)
+    glances: int = 0
 
     def __post_init__(self) -> None:
         self.marks, self.steps = _marks(self.sources), _steps.count
         self.now = [_memory(tensor) for tensor in self.sources.tensors] if self.compared else []
         self.then = [bytearray(memory) for memory in self.now]
-        self.size, self.glances = sum(map(len, self.then)), 0
+        self.large = sum(map(len, self.then)) > _SMALL
+
+    def is_untouched(self, layer: Layer, adapter_name: str, may_learn: bool, *, glance: bool) -> bool:
+        """Whether the factors are what is asked for, and right: at little cost, as it is asked for every use.
+
+        May say no where `is_of` and `is_right` say yes.
+        """
+        if layer.method.get(adapter_name) is not self.method:
+            return False
+        if self.batch is None and (may_learn or torch.is_grad_enabled()):
+            return False
+        for siblings, leaf, members, size, hooks, more_hooks, tensors, stored_tensor in self.places:
+            if siblings.get(adapter_name) is not leaf or tensors.get("weight") is not stored_tensor:
+                return False
+            if hooks or more_hooks or len(members) != size:
+                return False
+        for tensor, place, dtype, version in self.marks:
+            if tensor.data_ptr() != place or tensor.dtype is not dtype:
+                return False
+            if version is not None and tensor._version != version:
+                return False
+        if not self.compared:
+            return self.seems_right()
+        if not glance or not self.large:
+            return self.then == self.now
+        self.glances += 1
+        for then, now in zip(self.then, self.now):
+            start = self.glances * _WINDOW % len(then)
+            if then[start : start + _WINDOW] != now[start : start + _WINDOW]:
+                return False
+        return True
 
     def is_of(self, method: Method, sources: Sources, may_learn: bool) -> bool:
         """Whether these are the factors that are asked for, right or not.
@@ -163,20 +194,40 @@ class _Kept:
         gone = ran and any(t.requires_grad and t.grad is None for t in self.sources.tensors)
         return self.steps == _steps.count and not gone
 
-    def is_right(self, *, glance: bool = False) -> bool:
-        """Whether the sources are what they were; to a glance at a few of the values of large ones."""
+    def is_right(self) -> bool:
         if not self.compared:
             return self.seems_right()
-        if not glance or self.size <= _SMALL:
-            # in this order: what has moved must not be read where it was
-            return all(mark.is_there() for mark in self.marks) and self.then == self.now
-        self.glances += 1
-        for mark, then, now in zip(self.marks, self.then, self.now):
-            start = self.glances * _WINDOW % len(then)
-            end = start + _WINDOW
-            if not mark.holds() or then[start:end] != now[start:end]:
-                return False
-        return True
+        # in this order: what has moved must not be read where it was
+        return all(mark.is_there() for mark in self.marks) and self.then == self.now
+
+
+class _Place(NamedTuple):
+    """Where a tensor was found, to see at little cost that it is still there, and nobody else provides it."""
+
+    siblings: dict[str, nn.Module | None]  # of its leaf module, by adapter
+    leaf: nn.Module | None
+    members: dict[str, Any]  # of the leaf
+    size: int  # of them: FSDP's views and offloading add some
+    hooks: dict[Any, Any]
+    more_hooks: dict[Any, Any]
+    tensors: Mapping[str, Tensor | None]
+    tensor: Tensor | None
+
+    @staticmethod
+    def of(container: nn.Module, leaf: nn.Module | None, tensor: Tensor | None) -> _Place:
+        if leaf is None:
+            return _Place(container._modules, None, {}, 0, {}, {}, {}, None)
+        tensors = leaf._parameters if "weight" in leaf._parameters else leaf._buffers
+        members = leaf.__dict__
+        hooks, more_hooks = leaf._forward_hooks, leaf._forward_pre_hooks
+        return _Place(container._modules, leaf, members, len(members), hooks, more_hooks, tensors, tensor)
+
+    def holds(self, adapter_name: str) -> bool:
+        return (
+            self.siblings.get(adapter_name) is self.leaf
+            and self.tensors.get("weight") is self.tensor
+            and not (self.hooks or self.more_hooks or len(self.members) != self.size)
+        )
 
 
 class _Mark(NamedTuple):
@@ -222,28 +273,14 @@ class _Member(NamedTuple):
     slot: _Slot
     method: Method
     sources: Sources
-
-
-@dataclass(eq=False)
-class _Reading:
-    """Where the tensors of an adapter were found, to see at little cost that they are still there."""
-
-    sources: Sources
-    places: list[tuple[Any, ...]]
-
-    def holds(self, adapter_name: str) -> bool:
-        for siblings, leaf, members, tensors, tensor in self.places:
-            if siblings.get(adapter_name) is not leaf or tensors.get("weight") is not tensor:
-                return False
-            if leaf is not None and has_been_hooked(members):
-                return False
-        return True
+    places: Sequence[_Place]
 
 
 class _OfAdapter(dict[torch.dtype, _Slot]):
     """What is kept of one adapter of one layer."""
 
-    reading: _Reading | None = None
+    sources: Sources | None = None
+    places: Sequence[_Place] = ()  # where they were found
 
 
 class Slots(dict[str, _OfAdapter]):
@@ -268,22 +305,18 @@ class Slots(dict[str, _OfAdapter]):
             containers: of the leaf modules, in the order of `Sources`.
         """
         slots = self.of(adapter_name)
-        if slots.reading is not None and slots.reading.holds(adapter_name):
-            return slots.reading.sources
-        slots.reading = None
-        places: list[tuple[Any, ...]] = []
-        for siblings in (container._modules for container in containers):
-            leaf = siblings.get(adapter_name)
-            if leaf is None:
-                places.append((siblings, None, {}, {}, None))
-                continue
-            tensor = stored(leaf)
-            if tensor is None:
+        if slots.sources is not None and all(place.holds(adapter_name) for place in slots.places):
+            return slots.sources
+        slots.sources, places, tensors = None, [], []
+        for container in containers:
+            leaf = container._modules.get(adapter_name)
+            tensor = None if leaf is None else stored(leaf)
+            if tensor is None and leaf is not None:
                 return None
-            tensors = leaf._parameters if "weight" in leaf._parameters else leaf._buffers
-            places.append((siblings, leaf, leaf.__dict__, tensors, tensor))
-        slots.reading = _Reading(Sources(*(place[-1] for place in places)), places)
-        return slots.reading.sources
+            tensors.append(tensor)
+            places.append(_Place.of(container, leaf, tensor))
+        slots.sources, slots.places = Sources(*tensors), places  # type: ignore[arg-type]
+        return slots.sources
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles of a layer start without."""
@@ -313,19 +346,21 @@ class Factors:
         Args:
             glance: whether it is to be used so little that comparing all of a large adapter would cost more.
         """
-        sources = layer.sources(adapter_name)
-        if sources is None:
-            return None
+        may_learn = torch.is_grad_enabled() or layer.training
         slots = layer._slots.of(adapter_name)
         slot = slots.get(dtype)
         if slot is None:
             slot = slots[dtype] = _Slot()
         slot.asked = True
-        member = _Member(slot, layer.method[adapter_name], sources)
-        may_learn = torch.is_grad_enabled() or layer.training
+        if slot.kept is not None and slot.kept.is_untouched(layer, adapter_name, may_learn, glance=glance):
+            return slot.kept.update
+        sources = layer.sources(adapter_name)
+        if sources is None:
+            return None
+        member = _Member(slot, layer.method[adapter_name], sources, slots.places)
         kept = slot.kept
         asked_for = kept is not None and kept.is_of(member.method, sources, may_learn)
-        if kept is not None and asked_for and kept.is_right(glance=glance):
+        if kept is not None and asked_for and kept.is_right():
             return kept.update
         with_graph = may_learn and sources.learn
         if with_graph and not (slot.shares if _in_backward() else _may_share()):
@@ -340,8 +375,7 @@ class Factors:
                     for other in self._others(layer, adapter_name, dtype)
                     if _kind(other) == _kind(member) and (suspicious or _seems_wrong(other, may_learn))
                 ]
-            _compute(members, dtype, with_graph)
-        return slot.kept.update  # type: ignore[union-attr]
+            return _compute(members, dtype, with_graph)[0]
 
     def _others(self, layer: Layer, adapter_name: str, dtype: torch.dtype) -> Iterator[_Member]:
         """What other layers ask for in this adapter, or will, and could share with this layer."""
@@ -354,7 +388,7 @@ class Factors:
                 continue
             sources = other.sources(adapter_name)
             if sources is not None:
-                yield _Member(slot, other.method[adapter_name], sources)
+                yield _Member(slot, other.method[adapter_name], sources, slots.places)
 
 
 def _kind(member: _Member) -> tuple[Any, ...]:
@@ -389,7 +423,7 @@ def _ddp() -> DistributedDataParallel | None:
     return active
 
 
-def _compute(members: Sequence[_Member], dtype: torch.dtype, with_graph: bool) -> None:
+def _compute(members: Sequence[_Member], dtype: torch.dtype, with_graph: bool) -> list[LowRank]:
     """Compute the factors of layers of one kind and keep them."""
     batch = _Batch(members[0].method, dtype, [member.sources for member in members], with_graph)
     if with_graph:
@@ -401,15 +435,12 @@ def _compute(members: Sequence[_Member], dtype: torch.dtype, with_graph: bool) -
     else:
         flat = batch.compute()
     compared = all(map(_compared, (t for member in members for t in member.sources.tensors)))
-    for i, member in enumerate(members):
-        member.slot.kept = _Kept(
-            LowRank(flat[2 * i], flat[2 * i + 1]),
-            member.method,
-            member.sources,
-            compared,
-            batch if with_graph else None,
-        )
+    updates = [LowRank(left, right) for left, right in zip(flat[::2], flat[1::2])]
+    for member, update in zip(members, updates):
+        own = batch if with_graph else None
+        member.slot.kept = _Kept(update, member.method, member.sources, member.places, compared, own)
         member.slot.shares |= with_graph
+    return updates
 
 
 class _Batch:

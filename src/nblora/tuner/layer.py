@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -26,6 +28,19 @@ from nblora.tuner.quantized import (
 )
 from nblora.tuner.weights import FreeWeight, Method, Radius
 
+_names_only = ContextVar("names_only", default=False)
+
+
+@contextmanager
+def names_only() -> Iterator[None]:
+    """Meanwhile a state_dict() is asked for its names, and values need not be there."""
+    before = _names_only.set(True)
+    try:
+        yield
+    finally:
+        _names_only.reset(before)
+
+
 FEW_ROWS = 16
 """Of an input: one token, a few samples."""
 
@@ -42,6 +57,14 @@ class _Merged(NamedTuple):
     values: Tensor  # (c,) the base weight there
     merged: Tensor  # (c,) the merged weight there: if another layer has changed it since, values are old
     kept: KeptWeight | None = None  # where it is quantized
+
+
+class _Bound(NamedTuple):
+    """What the radius of an adapter is measured from, apart from the base weight."""
+
+    bound: float
+    config: NBLoraConfig
+    layer_name: str
 
 
 class NBLoraLayer(nn.Module, BaseTunerLayer):
@@ -91,6 +114,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         "_merged",
         "_watches",
         "_slots",
+        "_unmeasured",
     )
 
     base_layer: nn.Module
@@ -127,6 +151,8 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         self._factors = Factors() if factors is None else factors
         self._factors.add(self)
         self._slots = Slots()
+        self._unmeasured: dict[str, _Bound] = {}
+        self.register_load_state_dict_post_hook(_measure)
         self._active_adapter = adapter_name
         self._check_base_layer(layer_name)
         self.update_layer(adapter_name, r=r, bound=bound, config=config, layer_name=layer_name, twin=twin)
@@ -236,6 +262,9 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             radius = torch.empty(self.batch_shape, dtype=dtype, device="meta")
         elif twin is not None and twin in self.nblora_radius:
             radius = self.radius(twin).clone()
+        elif config.comes_with_weights and config.bound_kind == "relative":
+            radius = torch.full(self.batch_shape, torch.nan, dtype=dtype, device="cpu")
+            self._unmeasured[adapter_name] = _Bound(bound, config, layer_name)
         else:
             radius = rounded_down(self._new_radius(bound, config, layer_name), dtype)
         self.nblora_radius[adapter_name] = Radius(radius)
@@ -268,6 +297,23 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
                 continue
             if not _weight(container[adapter_name]).is_meta:
                 container[adapter_name].to(device)
+
+    def _measure(self) -> None:
+        """Measure radii that were left to a checkpoint, where none came.
+
+        Measuring takes several passes over the base weights, and loading an adapter should not wait for them.
+        """
+        while self._unmeasured:
+            adapter_name, (bound, config, layer_name) = self._unmeasured.popitem()
+            radius = _weight(self.nblora_radius[adapter_name])
+            if not radius.is_meta and bool(radius.isnan().all()):
+                measured = self._new_radius(bound, config, layer_name)
+                radius.copy_(rounded_down(measured, radius.dtype))
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if not _names_only.get():
+            self._measure()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _new_radius(self, bound: float, config: NBLoraConfig, layer_name: str) -> Tensor:
         """The absolute radius (float64), NaN where only a checkpoint can tell it."""
@@ -346,6 +392,8 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
 
     def sources(self, adapter_name: str) -> Sources | None:
         """The tensors of an adapter as they are stored; None where they are not always there."""
+        if self._unmeasured:
+            self._measure()
         return self._slots.read(adapter_name, self._containers)
 
     @property
@@ -357,6 +405,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
 
     def radius(self, adapter_name: str) -> Tensor:
         """The absolute radius of an adapter's ball: 0-dimensional, or (E,) for E experts."""
+        self._measure()
         return _weight(self.nblora_radius[adapter_name])
 
     # ------------------------------------------------------------------------------- updates
@@ -370,6 +419,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         return self._scaled(adapter_name, self._unscaled_update(adapter_name))
 
     def _unscaled_update(self, adapter_name: str) -> LowRank:
+        self._measure()
         free = self.free_parameters(adapter_name)
         return self.method[adapter_name].update(free, self.nblora_radius[adapter_name]())
 
@@ -674,6 +724,10 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "nblora." + super().__repr__()
+
+
+def _measure(layer: NBLoraLayer, _: object) -> None:
+    layer._measure()
 
 
 def _weight(module: nn.Module) -> Tensor:

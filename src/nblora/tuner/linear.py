@@ -69,8 +69,8 @@ class NBLoraLinear(NBLoraLayer):
         if len(updates) > 1:
             left = torch.cat([update.left for update in updates], dim=-1)
             right = torch.cat([update.right for update in updates], dim=-2)
-        weight = base.weight.mT if type(base) is Conv1D else base.weight
-        tensors = x, weight, base.bias, left, right
+        weight = _stored(base, "weight")
+        tensors = x, weight.mT if type(base) is Conv1D else weight, _stored(base, "bias"), left, right
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
             output: Tensor = _AdaptedLinear.apply(*tensors)
             return output
@@ -91,20 +91,24 @@ class NBLoraLinear(NBLoraLayer):
         )
 
 
+def _stored(base: nn.Module, name: str) -> Any:
+    """A parameter of a module, past its attribute access; FSDP puts its views among the members."""
+    members = base.__dict__
+    return members[name] if name in members else members["_parameters"].get(name)
+
+
 def _is_bare_linear(base: nn.Module, x: Tensor) -> bool:
     """Whether calling a base layer is nothing but a product with its weight, so that it can be left out."""
     if type(base) not in (nn.Linear, Conv1D) or type(x) is not Tensor or plain_operations_only():
         return False
-    weight = base._parameters.get("weight", base.__dict__.get("weight"))  # FSDP puts its views there
+    weight, members = _stored(base, "weight"), base.__dict__
     return (
-        weight is not None
-        and type(weight) in (nn.Parameter, Tensor)
+        type(weight) in (nn.Parameter, Tensor)
         and weight.is_floating_point()
-        and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
-        and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
-        and not (base._backward_hooks or base._backward_pre_hooks)
-        and not (all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks)
-        and not (all_modules._global_backward_hooks or all_modules._global_backward_pre_hooks)
+        and (weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type))
+        and not (members["_forward_hooks"] or members["_forward_pre_hooks"] or "forward" in members)
+        and not (members["_backward_hooks"] or members["_backward_pre_hooks"])
+        and not all_modules._has_any_global_hook()
     )
 
 

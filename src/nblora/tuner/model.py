@@ -28,7 +28,7 @@ from nblora.tuner.config import NBLoraConfig, pattern_value
 from nblora.tuner.conv import NBLoraConv
 from nblora.tuner.embedding import NBLoraEmbedding
 from nblora.tuner.factors import Factors
-from nblora.tuner.layer import NBLoraLayer, nblora_layers
+from nblora.tuner.layer import NBLoraLayer, names_only, nblora_layers
 from nblora.tuner.linear import NBLoraLinear
 from nblora.tuner.parameter import ParamWrapper
 
@@ -153,6 +153,12 @@ class NBLoraModel(BaseTuner):
         )
         ours = re.compile(rf"\.{cls.prefix}\w+\.{re.escape(adapter_name)}\.weight$")
         return found | {key: value for key, value in state_dict.items() if ours.search(key)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with names_only():
+            remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(*args, **kwargs)
+        return remapped
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module

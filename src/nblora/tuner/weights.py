@@ -130,7 +130,7 @@ class Radius(nn.Module):
 def stored(module: nn.Module) -> Tensor | None:
     """The tensor of a leaf module; None where it can't be read without calling the module and compared later.
 
-    Asked for every layer at every step, so it looks where modules keep things, past their attribute access.
+    It looks where modules keep things, past their attribute access, as it is asked for every layer and step.
     """
     members = module.__dict__
     if type(module) is FreeWeight:
@@ -139,15 +139,10 @@ def stored(module: nn.Module) -> Tensor | None:
     else:
         weight = members["_buffers"].get("weight")
         known = type(weight) is Tensor and type(module) is Radius
-    if not known or has_been_hooked(members) or weight.is_meta:
+    away = "weight" in members or "forward" in members  # FSDP's views, offloading
+    if not known or away or members["_forward_pre_hooks"] or members["_forward_hooks"] or weight.is_meta:
         return None
     if weight.device.type != "cpu" and weight.is_inference():  # which have no versions
         return None
     tensor: Tensor = weight
     return tensor
-
-
-def has_been_hooked(members: dict[str, Any]) -> bool:
-    """Whether somebody else provides the tensor of a leaf module: hooks, FSDP's views, offloading."""
-    hooks = members["_forward_pre_hooks"] or members["_forward_hooks"]
-    return bool(hooks) or "weight" in members or "forward" in members
