@@ -485,8 +485,9 @@ class _Batch:
         with torch.set_grad_enabled(self.with_graph), out_of_sight():
             updates = _updates(self.method, self.dtype, self.stacks)
         self.updates = updates if self.with_graph else []
+        sides = [(one.left.detach().unbind(), one.right.detach().unbind()) for one in updates]
         places = [self.position[i] for i in range(len(self.sources))]
-        return [side.detach()[j] for g, j in places for side in (updates[g].left, updates[g].right)]
+        return [side[j] for group, j in places for side in sides[group]]
 
     def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the tensors of every layer, from those of its factors; None for unused layers."""
@@ -529,13 +530,10 @@ class _Batch:
         leaves = [tensor for stack in self.stacks for tensor in stack.tensors]
         learning = [leaf for leaf in leaves if leaf.requires_grad]
         found = torch.autograd.grad(outputs, learning, reached, retain_graph=True, allow_unused=True)
-        by_leaf = dict(zip(map(id, learning), found))
-        results = []
-        for i in range(len(pairs)):
-            g, j = self.position[i]
-            stacked = [by_leaf.get(id(leaf)) for leaf in self.stacks[g].tensors]
-            results.append([None if grad is None else grad[j] for grad in stacked])
-        return results
+        by_leaf = {id(leaf): grad.unbind() for leaf, grad in zip(learning, found) if grad is not None}
+        unbound = [[by_leaf.get(id(leaf)) for leaf in stack.tensors] for stack in self.stacks]
+        places = [self.position[i] for i in range(len(pairs))]
+        return [[None if grad is None else grad[j] for grad in unbound[group]] for group, j in places]
 
     def _differentiable(self, used: Sequence[int], pairs: Sequence[_Pair]) -> list[list[Tensor | None]]:
         """Gradients that can be differentiated again, back to the tensors themselves."""
