@@ -688,3 +688,40 @@ def test_a_layer_keeps_its_input_as_it_is_and_k_numbers_a_row() -> None:
     update = layer._current_update("default", torch.bfloat16)
     ignored = [*model.parameters(), update.left, update.right]
     assert saved_bytes(lambda: model(x), ignored) == x.nbytes + 1000 * 4 * 2
+
+
+# --- on an accelerator ------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+def test_a_gpu_computes_the_same_and_is_not_waited_for(parametrization: str) -> None:
+    model, x = mixed(parametrization=parametrization).cuda(), inputs().cuda()
+    optimizer = torch.optim.AdamW(leaves(model), lr=0.05)
+    for step in range(3):
+        if step:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = model(x).square().sum() + model(2 * x).square().sum()
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found = grads(model)
+        with one_by_one():
+            expected = model(x).square().sum() + model(2 * x).square().sum()
+            expected.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+        same({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, found, atol=1e-3, rtol=1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_gpu_keeps_factors_while_nothing_changes(solves: list[tuple[int, ...]]) -> None:
+    model, x = mixed().cuda().eval(), inputs().cuda()
+    solves.clear()
+    before = [model(x) for _ in range(3)][-1]
+    assert len(solves) == 1
+    in_place(model)
+    assert not torch.allclose(model(x), before, atol=1e-4)
