@@ -262,13 +262,13 @@ def has_run_away(
     rows of norm about 1. Optimizer steps far too large let the rows grow without end; the Cayley
     transform then barely reacts, and in the joint parametrization the update shrinks to zero. True
     where the typical row of the larger side is beyond 50 and, in the joint parametrization, the
-    update is below 10 % of its bound.
+    update is below 10 % of its bound. Waits for the device.
     """
     if free.out.dtype != torch.float64:
         free = free.map(Tensor.float)
     rows = torch.stack([free.out.norm(dim=-1), free.into.norm(dim=-1)])  # (2, ..., k)
     far = rows.median(-1).values.amax(0) > _FAR
-    if parametrization == "svd":
+    if parametrization == "svd" or not bool(far.any()):
         return far
     one = torch.ones(far.shape, dtype=free.out.dtype, device=free.out.device)
     update = bounded_update(

@@ -7,7 +7,7 @@ import math
 import numbers
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
@@ -114,14 +114,16 @@ class NBLoraConfig(PeftConfig):
         default=False, metadata={"help": "Whether layers store (in, out) weights; set by the library."}
     )
 
-    comes_with_weights: ClassVar[bool] = False
-    """Whether the configuration is that of a saved adapter, whose radii so need not be measured."""
+    @property
+    def comes_with_weights(self) -> bool:
+        """Whether it is the configuration of a saved adapter, whose radii so need not be measured."""
+        return "_comes_with_weights" in self.__dict__
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NBLoraConfig:
         """The configuration of a saved adapter: see `PeftConfig.from_pretrained`."""
         config: NBLoraConfig = super().from_pretrained(*args, **kwargs)
-        config.__dict__["comes_with_weights"] = True
+        config.__dict__["_comes_with_weights"] = True
         return config
 
     def __post_init__(self) -> None:

@@ -520,7 +520,8 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             self.warn_if_run_away(adapter_name)
             weight = self.get_base_weight()
             with torch.no_grad():
-                update = self.low_rank_update(adapter_name)
+                current = self._current_update(adapter_name)
+                update = LowRank(current.left.clone(), current.right.clone())
             delta = self._dense(update).to(weight.device)
             merged = (weight + delta).to(weight.dtype)
             if safe_merge and not self._is_finite(adapter_name, merged):
