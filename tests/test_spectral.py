@@ -520,3 +520,25 @@ def test_the_configuration_of_a_saved_adapter_also_starts_a_new_one(
     for layer in nblora_layers(model, "default").values():
         expected = 0.3 * torch.linalg.matrix_norm(layer.get_base_weight(), 2)
         torch.testing.assert_close(layer.radius("default"), expected)
+
+
+def test_interrupted_measuring_is_taken_up_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    saved(tmp_path)
+    model = get_peft_model(TwoLayers(), NBLoraConfig.from_pretrained(tmp_path))
+
+    def interrupted(weight: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer_module, "spectral_norm", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.ones(2, 12))
+    assert model(torch.ones(2, 12)).isfinite().all()
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_transforms_of_what_is_not_measured_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    model = get_peft_model(TwoLayers(), NBLoraConfig.from_pretrained(tmp_path))
+    with pytest.raises(RuntimeError, match="must have measured its bounds before it is compiled"):
+        torch.func.vmap(model)(torch.ones(2, 3, 12))

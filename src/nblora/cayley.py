@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nblora.lowrank import plain_operations_only
+from nblora.lowrank import full_precision, plain_operations_only
 
 # Note [Staying inside in floating point]
 #
@@ -118,6 +118,11 @@ class _Cayley(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with full_precision(grads[0]):
+            return _Cayley._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *flat, inverse, length = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates the gradient
             return None, *torch.autograd.grad(_transform(ctx.counts, flat)[0], flat, grads, create_graph=True)

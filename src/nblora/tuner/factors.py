@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nblora.lowrank import LowRank
+from nblora.lowrank import LowRank, full_precision
 from nblora.parametrizations import FreeParameters
 from nblora.tuner.weights import Method, stored
 
@@ -29,16 +30,16 @@ from nblora.tuner.weights import Method, stored
 # its kind, in one batch with one inverse, and they are kept: for the other layers, for the next token, for
 # the other micro-batches of an accumulation and for what gradient checkpointing computes again.
 #
-# When are they right? A tensor's version counter misses writes through `.data` (PEFT's hotswap, some
-# optimizers) and through NumPy. On the CPU the tensors are therefore compared with copies, which is exact
-# and costs a small part of the factors' use. Only where a large adapter (more than 16 KiB a layer) is used
-# for a few rows, a token or so, would that cost as much as the use. There the versions and a glance decide,
-# at 512 bytes of every tensor, others each time: so what changes a whole tensor is seen at once, and what
-# changes one entry in secret when more rows come, or when the glance has come round. On other devices a
-# comparison would wait for the device. There version and address decide, and whatever else tells of an
-# update: an optimizer has made a step, or gradients were computed and are gone again. Since eval() and the
-# change to train() drop what was kept, what goes unnoticed there is a write through `.data` between two
-# calls in one mode, without an optimizer.
+# When are they right? A tensor's version counter misses writes through `.data` (some optimizers) and
+# through NumPy. On the CPU the tensors are therefore compared with copies, which is exact and costs a small
+# part of the factors' use. Only where a large adapter (more than 16 KiB a layer) is used for a few rows, a
+# token or so, would that cost as much as the use. There the versions and a glance decide, at 512 bytes of
+# every tensor, others each time: so what changes a whole tensor is seen at once, and what changes one entry
+# in secret when more rows come, or when the glance has come round. On other devices a comparison would wait
+# for the device. There version and address decide, and whatever else tells of an update: an optimizer has
+# made a step, or gradients were computed and are gone again. Since eval() and the change to train() drop
+# what was kept, what goes unnoticed there is a write through `.data` between two calls in one mode, without
+# an optimizer.
 #
 # Gradients: all layers of a batch share one autograd node, whose backward pass runs once for all of them.
 # It keeps what it needs itself, so that a second backward pass through it works (PyTorch frees what was
@@ -154,8 +155,8 @@ class _Kept:
                 return False
             if hooks or more_hooks or len(members) != size:
                 return False
-        for tensor, place, dtype, version in self.marks:
-            if tensor.data_ptr() != place or tensor.dtype is not dtype:
+        for tensor, place, dtype, learns, version in self.marks:
+            if tensor.data_ptr() != place or tensor.dtype is not dtype or tensor.requires_grad is not learns:
                 return False
             if version is not None and tensor._version != version:
                 return False
@@ -236,11 +237,13 @@ class _Mark(NamedTuple):
     tensor: Tensor
     place: int
     dtype: torch.dtype
+    learns: bool
     version: int | None
 
     def is_there(self) -> bool:
-        """Whether its values are where they were."""
-        return self.tensor.data_ptr() == self.place and self.tensor.dtype is self.dtype
+        """Whether its values are where they were, and as they were."""
+        same = self.tensor.data_ptr() == self.place and self.tensor.dtype is self.dtype
+        return same and self.tensor.requires_grad is self.learns
 
     def holds(self) -> bool:
         return self.is_there() and (self.version is None or self.tensor._version == self.version)
@@ -248,8 +251,8 @@ class _Mark(NamedTuple):
 
 def _marks(sources: Sources) -> list[_Mark]:
     return [
-        _Mark(tensor, tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version)
-        for tensor in sources.tensors
+        _Mark(t, t.data_ptr(), t.dtype, t.requires_grad, None if t.is_inference() else t._version)
+        for t in sources.tensors
     ]
 
 
@@ -265,7 +268,7 @@ class _Slot:
 
     kept: _Kept | None = None
     asked: bool = False  # not only computed because others asked
-    shares: bool = False  # had factors with gradients
+    shares: bool = False  # a node with other layers, as of the last forward pass
     alone: bool = False  # is sometimes unused
 
 
@@ -346,25 +349,28 @@ class Factors:
         Args:
             glance: whether it is to be used so little that comparing all of a large adapter would cost more.
         """
-        may_learn = torch.is_grad_enabled() or layer.training
+        may_learn = torch.is_grad_enabled() or (layer.training and not torch.is_inference_mode_enabled())
         slots = layer._slots.of(adapter_name)
         slot = slots.get(dtype)
         if slot is None:
             slot = slots[dtype] = _Slot()
         slot.asked = True
-        if slot.kept is not None and slot.kept.is_untouched(layer, adapter_name, may_learn, glance=glance):
-            return slot.kept.update
+        kept = slot.kept
+        if kept is not None and kept.is_untouched(layer, adapter_name, may_learn, glance=glance):
+            return kept.update
         sources = layer.sources(adapter_name)
         if sources is None:
             return None
         member = _Member(slot, layer.method[adapter_name], sources, slots.places)
-        kept = slot.kept
         asked_for = kept is not None and kept.is_of(member.method, sources, may_learn)
         if kept is not None and asked_for and kept.is_right():
             return kept.update
         with_graph = may_learn and sources.learn
-        if with_graph and not (slot.shares if _in_backward() else _may_share()):
-            return None
+        if with_graph:
+            if not _in_backward():
+                slot.shares = _may_share()
+            if not slot.shares:
+                return None
         # if values have changed without a sign, those of other layers may have, too
         suspicious = kept is not None and asked_for and kept.seems_right()
         with self._lock:
@@ -414,6 +420,8 @@ def _in_backward() -> bool:
 
 def _may_share() -> bool:
     """Whether gradients may reach parameters late, through a node that layers share."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return False
     return not (dist.is_available() and dist.is_initialized()) or _ddp() is not None
 
 
@@ -428,8 +436,8 @@ def _compute(members: Sequence[_Member], dtype: torch.dtype, with_graph: bool) -
     batch = _Batch(members[0].method, dtype, [member.sources for member in members], with_graph)
     if with_graph:
         ddp = _ddp()
-        batch.slots = [member.slot for member in members]
-        batch.fills = ddp is not None and ddp.find_unused_parameters
+        if ddp is not None and ddp.find_unused_parameters:
+            batch.waited_for = [weakref.ref(member.slot) for member in members]
         with torch.enable_grad():
             flat = _Shared.apply(batch, *(t for member in members for t in member.sources.tensors))
     else:
@@ -453,8 +461,7 @@ class _Batch:
     """
 
     ran = False
-    fills = False  # whether unused layers get zeros
-    slots: Sequence[_Slot] = ()
+    waited_for: Sequence[weakref.ref[_Slot]] = ()  # of its layers, where those that are unused get zeros
 
     def __init__(
         self, method: Method, dtype: torch.dtype, sources: Sequence[Sources], with_graph: bool
@@ -466,7 +473,7 @@ class _Batch:
             by_shape[one.out.shape, one.into.shape].append(i)
         self.groups = list(by_shape.values())
         self.position = {i: (g, j) for g, group in enumerate(self.groups) for j, i in enumerate(group)}
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(sources[0].out):
             self.stacks = [_stacked([sources[i] for i in group]) for group in self.groups]
         if with_graph:
             for group, stack in zip(self.groups, self.stacks):
@@ -482,7 +489,7 @@ class _Batch:
 
     def compute(self) -> list[Tensor]:
         """left (..., m, k) and right (..., k, n) of the first layer, of the second, ..."""
-        with torch.set_grad_enabled(self.with_graph), out_of_sight():
+        with torch.set_grad_enabled(self.with_graph), _out_of_sight():
             updates = _updates(self.method, self.dtype, self.stacks)
         self.updates = updates if self.with_graph else []
         sides = [(one.left.detach().unbind(), one.right.detach().unbind()) for one in updates]
@@ -509,15 +516,19 @@ class _Batch:
         for i, one in enumerate(self.sources):
             if i in by_layer:
                 results += by_layer[i]
-            elif self.fills and self._is_waited_for(self.slots[i]):
-                self.slots[i].alone, self.slots[i].kept = True, None
+            elif self._leave_alone(i):
                 results += [torch.zeros_like(t) if t.requires_grad else None for t in one.tensors]
             else:
                 results += [None] * len(one.tensors)
         return results
 
-    def _is_waited_for(self, slot: _Slot) -> bool:
-        return slot.kept is None or slot.kept.batch is self  # and not reached through another batch
+    def _leave_alone(self, i: int) -> bool:
+        """Whether an unused layer is waited for; from then on it is computed alone."""
+        slot = self.waited_for[i]() if self.waited_for else None
+        if slot is None or not (slot.kept is None or slot.kept.batch is self):  # reached by another batch
+            return False
+        slot.alone, slot.kept = True, None
+        return True
 
     def _of_all(self, pairs: Sequence[_Pair]) -> list[list[Tensor | None]]:
         outputs, reached = [], []
@@ -566,7 +577,8 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.batch.backward(grads)
+        with full_precision(ctx.batch.sources[0].out):
+            return None, *ctx.batch.backward(grads)
 
 
 def _stacked(sources: Sequence[Sources]) -> Sources:
@@ -592,9 +604,12 @@ def _updates(method: Method, dtype: torch.dtype, stacks: Sequence[Sources]) -> l
     return results
 
 
-def out_of_sight() -> AbstractContextManager[Any]:
-    """Saved-tensor hooks, such as those of gradient checkpointing, do not see what is saved meanwhile."""
-    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+def _out_of_sight() -> AbstractContextManager[Any]:
+    """Saved-tensor hooks, such as those of gradient checkpointing, do not see what is saved meanwhile.
+
+    Detached, since an output that is kept with its node would keep the node, and never be freed.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _as_it_is)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

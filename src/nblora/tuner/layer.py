@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from nblora.lowrank import LowRank, plain_operations_only
 from nblora.parametrizations import FreeParameters, effective_rank, random_start, zero_start
 from nblora.spectral import spectral_norm
 from nblora.tuner.config import NBLoraConfig
-from nblora.tuner.factors import Factors, Slots, Sources, out_of_sight
+from nblora.tuner.factors import Factors, Slots, Sources
 from nblora.tuner.quantized import (
     KeptWeight,
     is_packed,
@@ -28,6 +29,7 @@ from nblora.tuner.quantized import (
 )
 from nblora.tuner.weights import FreeWeight, Method, Radius
 
+_MEASURING = threading.RLock()
 _names_only = ContextVar("names_only", default=False)
 
 
@@ -303,12 +305,21 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
 
         Measuring takes several passes over the base weights, and loading an adapter should not wait for them.
         """
-        while self._unmeasured:
-            adapter_name, (bound, config, layer_name) = self._unmeasured.popitem()
-            radius = _weight(self.nblora_radius[adapter_name])
-            if not radius.is_meta and bool(radius.isnan().all()):
-                measured = self._new_radius(bound, config, layer_name)
-                radius.copy_(rounded_down(measured, radius.dtype))
+        if not self._unmeasured:
+            return
+        if plain_operations_only():
+            raise RuntimeError(
+                "an adapter must have measured its bounds before it is compiled, exported or transformed, got "
+                "a new one with the configuration of a saved one: load weights, or call the model once"
+            )
+        with _MEASURING:
+            for adapter_name, (bound, config, layer_name) in list(self._unmeasured.items()):
+                radius = _weight(self.nblora_radius[adapter_name])
+                if not radius.is_meta and bool(radius.isnan().all()):
+                    measured = self._new_radius(bound, config, layer_name)
+                    with torch.no_grad():
+                        radius.copy_(rounded_down(measured, radius.dtype))
+                del self._unmeasured[adapter_name]
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if not _names_only.get():
@@ -438,13 +449,17 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             return LowRank(*self.low_rank_update(adapter_name).balanced_for(dtype))
         update = self._factors.update(self, adapter_name, dtype, glance=glance)
         if update is None:
-            with out_of_sight():
-                update = LowRank(*self._unscaled_update(adapter_name).balanced_for(dtype))
+            update = LowRank(*self._unscaled_update(adapter_name).balanced_for(dtype))
         return self._scaled(adapter_name, update)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._factors.add(self)
+
+    def _replicate_for_data_parallel(self) -> NBLoraLayer:
+        replica: NBLoraLayer = super()._replicate_for_data_parallel()
+        replica._slots, replica._factors = Slots(), Factors()  # its tensors are others
+        return replica
 
     def train(self, mode: bool = True) -> NBLoraLayer:
         if not (mode and self.training):  # trainers repeat train() before every step

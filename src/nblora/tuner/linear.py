@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.modules import module as all_modules
 from transformers.pytorch_utils import Conv1D
 
-from nblora.lowrank import LowRank, plain_operations_only
+from nblora.lowrank import LowRank, full_precision, plain_operations_only
 from nblora.tuner.layer import FEW_ROWS, NBLoraLayer
 from nblora.tuner.quantized import weight_by_its_action
 
@@ -72,9 +72,11 @@ class NBLoraLinear(NBLoraLayer):
         weight = _stored(base, "weight")
         tensors = x, weight.mT if type(base) is Conv1D else weight, _stored(base, "bias"), left, right
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            output: Tensor = _AdaptedLinear.apply(*tensors)
-            return output
-        return _adapted_linear(*tensors)[0]
+            # shaped out here: what a function of autograd returns as a view must not be changed in place
+            output: Tensor = _AdaptedLinear.apply(_rows(x), *tensors[1:])
+            return output.view(*x.shape[:-1], output.shape[-1])
+        output, _ = _adapted_linear(_rows(x), *tensors[1:])
+        return output.view(*x.shape[:-1], output.shape[-1])
 
     def _dtype_for(self, x: Tensor) -> torch.dtype:
         few = x.dtype.itemsize == 2 and x.is_cpu and x.numel() <= FEW_ROWS * x.shape[-1]
@@ -117,26 +119,25 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
+    rows: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x (..., n) through weight (m, n) + left (m, k) @ right (k, n) and bias, and x through `right` (t, k).
+    """Rows (t, n) through weight (m, n) + left (m, k) @ right (k, n) and bias, and through `right` (t, k).
 
     In the dtype of the factors, or the update only where the others agree on another one. No further tensor
     of the output's size is made.
     """
     dtype = left.dtype
-    if dtype is torch.float32 and weight.dtype is x.dtype is not dtype:
-        output = functional.linear(x, weight, bias)
-        hidden = functional.linear(x.float(), right)
+    if dtype is torch.float32 and weight.dtype is rows.dtype is not dtype:
+        output = functional.linear(rows, weight, bias)
+        hidden = functional.linear(rows.float(), right)
         return output.add_(functional.linear(hidden, left)), hidden
-    if weight.dtype is not dtype or x.dtype is not dtype:  # autocast
-        x, weight = x.to(dtype), weight.to(dtype)
+    if weight.dtype is not dtype or rows.dtype is not dtype:  # autocast
+        rows, weight = rows.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    rows = _rows(x)
     output = functional.linear(rows, weight, bias)
     hidden = functional.linear(rows, right)
     output.addmm_(hidden, left.mT)
-    return output.view(*x.shape[:-1], len(weight)), hidden
+    return output, hidden
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -144,18 +145,23 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
     ) -> Tensor:
-        output, hidden = _adapted_linear(x, weight, bias, left, right)
-        ctx.save_for_backward(x, weight, left, right, hidden)
+        output, hidden = _adapted_linear(rows, weight, bias, left, right)
+        ctx.save_for_backward(rows, weight, left, right, hidden)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, left, right, hidden = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grad, rows = _rows(grad), _rows(x).to(left.dtype)
+        with full_precision(grad):
+            return _AdaptedLinear._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, left, right, hidden = ctx.saved_tensors
+        needs, dtype = ctx.needs_input_grad, rows.dtype
+        rows = rows.to(left.dtype)
         if torch.is_grad_enabled():  # somebody differentiates the gradient
             hidden = rows @ right.mT
         reached = grad @ left
@@ -163,7 +169,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if needs[0]:
             into = grad @ weight.to(left.dtype)
             into.addmm_(reached, right)
-            results[0] = into.view(x.shape).to(x.dtype)
+            results[0] = into.to(dtype)
         if needs[1]:
             results[1] = (grad.mT @ rows).to(weight.dtype)
         if needs[2]:
