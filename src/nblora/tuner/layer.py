@@ -309,8 +309,8 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             return
         if plain_operations_only():
             raise RuntimeError(
-                "an adapter must have measured its bounds before it is compiled, exported or transformed, got "
-                "a new one with the configuration of a saved one: load weights, or call the model once"
+                "an adapter must have measured its bounds before it is compiled, exported or transformed, "
+                "got a new one with the configuration of a saved one: load weights, or call the model first"
             )
         with _MEASURING:
             for adapter_name, (bound, config, layer_name) in list(self._unmeasured.items()):
