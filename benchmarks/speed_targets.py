@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -187,8 +188,7 @@ class Growth:
 def slope(points: Mapping[int, float]) -> float:
     """Least squares in log-log."""
     xs, ys = [math.log(x) for x in points], [math.log(y) for y in points.values()]
-    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys)) / sum((x - x_mean) ** 2 for x in xs)
+    return statistics.linear_regression(xs, ys).slope
 
 
 def growth(rows: Sequence[Row], axes: Sequence[str] = ("rank", "hidden", "layers", "tokens")) -> list[Growth]:

@@ -148,7 +148,7 @@ class _Kept:
         """
         if layer.method.get(adapter_name) is not self.method:
             return False
-        if self.batch is None and (may_learn or torch.is_grad_enabled()):
+        if self.batch is None and may_learn:
             return False
         for siblings, leaf, members, size, hooks, more_hooks, tensors, stored_tensor in self.places:
             if siblings.get(adapter_name) is not leaf or tensors.get("weight") is not stored_tensor:
@@ -161,7 +161,7 @@ class _Kept:
             if version is not None and tensor._version != version:
                 return False
         if not self.compared:
-            return self.seems_right()
+            return self._nobody_learned()
         if not glance or not self.large:
             return self.then == self.now
         self.glances += 1
@@ -187,10 +187,10 @@ class _Kept:
 
     def seems_right(self) -> bool:
         """Whether nothing but a look at the values could tell that the sources have changed."""
-        if not all(mark.holds() for mark in self.marks):
-            return False
-        if self.compared:
-            return True
+        return all(mark.holds() for mark in self.marks) and (self.compared or self._nobody_learned())
+
+    def _nobody_learned(self) -> bool:
+        """Whether no optimizer has made a step, and no gradients were computed and are gone again."""
         ran = self.batch is not None and self.batch.ran
         gone = ran and any(t.requires_grad and t.grad is None for t in self.sources.tensors)
         return self.steps == _steps.count and not gone
@@ -390,7 +390,8 @@ class Factors:
                 continue
             slots = other._slots.of(adapter_name)
             slot = slots.setdefault(dtype, _Slot())
-            if slot.alone or not (slot.asked or not any(one.asked for one in slots.values())):
+            asks_for_another = not slot.asked and any(one.asked for one in slots.values())
+            if slot.alone or asks_for_another:
                 continue
             sources = other.sources(adapter_name)
             if sources is not None:

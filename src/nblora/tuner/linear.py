@@ -70,12 +70,11 @@ class NBLoraLinear(NBLoraLayer):
             left = torch.cat([update.left for update in updates], dim=-1)
             right = torch.cat([update.right for update in updates], dim=-2)
         weight = _stored(base, "weight")
-        tensors = x, weight.mT if type(base) is Conv1D else weight, _stored(base, "bias"), left, right
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            # shaped out here: what a function of autograd returns as a view must not be changed in place
-            output: Tensor = _AdaptedLinear.apply(_rows(x), *tensors[1:])
-            return output.view(*x.shape[:-1], output.shape[-1])
-        output, _ = _adapted_linear(_rows(x), *tensors[1:])
+        weight = weight.mT if type(base) is Conv1D else weight
+        tensors = _rows(x), weight, _stored(base, "bias"), left, right
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        output: Tensor = _AdaptedLinear.apply(*tensors) if learns else _adapted_linear(*tensors)[0]
+        # shaped out here: what a function of autograd returns as a view must not be changed in place
         return output.view(*x.shape[:-1], output.shape[-1])
 
     def _dtype_for(self, x: Tensor) -> torch.dtype:
