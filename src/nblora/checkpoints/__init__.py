@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nblora.checkpoints.adapter import TOLERANCE, Adapter, BoundedLayer, read_adapter
+from nblora.checkpoints.adapter import Adapter, BoundedLayer, read_adapter
 from nblora.checkpoints.clipping import CutReport, clip_lora
 from nblora.checkpoints.engines import EngineReport, check_engines
 from nblora.checkpoints.exporting import export_lora, exported_file
@@ -12,7 +12,6 @@ from nblora.checkpoints.lora import LoraFile, open_lora
 from nblora.checkpoints.storage import AdapterError, PathLike, atomic_file, atomic_folder
 
 __all__ = [
-    "TOLERANCE",
     "Adapter",
     "AdapterError",
     "BoundedLayer",

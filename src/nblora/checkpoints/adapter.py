@@ -16,14 +16,12 @@ from nblora.checkpoints.base import Place
 from nblora.checkpoints.layouts import PEFT_PREFIX, adapted_parameters
 from nblora.checkpoints.lora import LoraFile, locate, parse_lora
 from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile, one_line, parse_json, read_json
+from nblora.contract import TOLERANCE
 from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters
 from nblora.tuner import NBLoraConfig, NBLoraType, nblora_layers
 from nblora.tuner.config import pattern_value
 from nblora.tuner.weights import Method, whole
-
-TOLERANCE = 1e-6
-"""Relative excess over a bound that counts as rounding of float32 factors (float64 has far less)."""
 
 BOUNDS_KEY = "nblora_bounds"  # in the safetensors metadata of an exported LoRA
 

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nblora.bounds import Norm
-from nblora.checkpoints.adapter import BOUNDS_KEY, TOLERANCE, Adapter, BoundedLayer, read_adapter
+from nblora.checkpoints.adapter import BOUNDS_KEY, Adapter, BoundedLayer, read_adapter
 from nblora.checkpoints.layouts import LAYOUTS, PEFT_PREFIX, Layout
 from nblora.checkpoints.lora import DIFFUSERS_WEIGHTS_NAME
 from nblora.checkpoints.storage import AdapterError, PathLike, atomic_folder
+from nblora.contract import TOLERANCE
 from nblora.lowrank import LowRank
 from nblora.tuner import NBLoraConfig, NBLoraConv, nblora_layers
 

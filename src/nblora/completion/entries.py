@@ -1,0 +1,129 @@
+"""The observed entries of a matrix on a device, and the two products with them that a fit is made of.
+
+Nothing here forms an (m, n) array: a pass over the entries costs their number times the rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nblora.completion.observations import Observations
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """N observed entries, sorted by row and then by column.
+
+    Attributes:
+        shape: (m, n) of the matrix.
+        values: (N,).
+        columns: (N,) of each entry.
+        row_starts: (m + 1,) where each row begins.
+    """
+
+    shape: tuple[int, int]
+    values: Tensor
+    columns: Tensor
+    row_starts: Tensor
+
+    @staticmethod
+    def of(observations: Observations, *, device: torch.device | str, dtype: torch.dtype) -> Entries:
+        """The entries on a device, in the precision of the fit."""
+        largest = max(len(observations), *observations.shape)
+        index = torch.int32 if largest < 2**31 else torch.int64  # half the memory, where it is enough
+        return Entries(
+            shape=observations.shape,
+            values=torch.as_tensor(observations.values, device=device).to(dtype),
+            columns=torch.as_tensor(observations.columns, device=device).to(index),
+            row_starts=torch.as_tensor(observations.row_starts(), device=device).to(index),
+        )
+
+    @cached_property
+    def by_column(self) -> Tensor:
+        """(N,) the entries' numbers sorted by column and then by row."""
+        return torch.argsort(self.columns, stable=True).to(self.columns.dtype)
+
+    @cached_property
+    def mT(self) -> Entries:
+        """The entries of the transposed matrix, in their own order."""
+        m, n = self.shape
+        rows = torch.repeat_interleave(
+            torch.arange(m, dtype=self.columns.dtype, device=self.columns.device), self.row_starts.diff()
+        )
+        starts = torch.zeros(n + 1, dtype=torch.int64, device=self.columns.device)
+        starts[1:] = torch.bincount(self.columns, minlength=n).cumsum(0)
+        return Entries(
+            (n, m), self.values[self.by_column], rows[self.by_column], starts.to(self.columns.dtype)
+        )
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @cached_property
+    def row_counts(self) -> Tensor:
+        """(m,) entries of each row."""
+        return self.row_starts.diff().to(self.values)
+
+    def products(self, left: Tensor, right: Tensor, minus: Tensor | None = None) -> Tensor:
+        """(N,) entries of left @ right.T, less those of `minus` (N,), for left (m, k) and right (n, k)."""
+        start = torch.zeros_like(self.values) if minus is None else minus
+        sampled: Tensor = torch.sparse.sampled_addmm(
+            self._sparse(start), left, right.mT, beta=0.0 if minus is None else -1.0
+        ).values()
+        return sampled
+
+    def times_right(self, values: Tensor, right: Tensor) -> Tensor:
+        """(m, k): the sparse matrix with these values (N,) times right (n, k)."""
+        product: Tensor = self._sparse(values) @ right
+        return product
+
+    def transposed_times_left(self, values: Tensor, left: Tensor) -> Tensor:
+        """(n, k): the transpose of the sparse matrix with these values (N,) times left (m, k)."""
+        return self.mT.times_right(values[self.by_column], left)
+
+    def _sparse(self, values: Tensor) -> Tensor:
+        return torch.sparse_csr_tensor(
+            self.row_starts, self.columns, values, self.shape, check_invariants=False
+        )
+
+
+@contextmanager
+def torch_sparse() -> Iterator[None]:
+    """Where sparse tensors are used: without PyTorch's notice that their compressed layouts are young."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)", category=UserWarning)
+        yield
+
+
+class HalfSquares(torch.autograd.Function):
+    """Half the sum of squares of left @ right.T - targets at the entries, with both gradients in one pass.
+
+    In float64, since a line search compares sums whose difference float32 does not show.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, entries: Entries, targets: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        residual = entries.products(left, right, minus=targets)
+        ctx.entries = entries
+        ctx.save_for_backward(left, right, residual)
+        return residual.square().sum(dtype=torch.float64) / 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor]:
+        left, right, residual = ctx.saved_tensors
+        entries: Entries = ctx.entries
+        residual = grad.to(residual.dtype) * residual
+        return (
+            None,
+            None,
+            entries.times_right(residual, right),
+            entries.transposed_times_left(residual, left),
+        )

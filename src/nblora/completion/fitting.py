@@ -1,0 +1,458 @@
+"""A matrix of rank k in a norm ball that fits observed entries (MATH.md §8).
+
+The model is X + biases, X = D_r^-1/2 Y D_c^-1/2 with Y in the ball (D = I unless weighted), and the fit
+minimises half the squared error at the observed entries plus a ridge on the biases. Two solvers work
+together:
+
+1. Alternating ridge regressions, each row's (and then each column's) by a few steps of conjugate gradients.
+   They find the solution for a multiplier: half the squared error + multiplier * ||Y||_nuclear, which is the
+   solution in the nuclear ball that Y touches. They need a tenth of the passes over the entries of gradient
+   methods, but know of no bound.
+2. L-BFGS in the free parameters of the bounded parametrization, which start at that solution through the
+   inverse map of MATH.md §1-2. Any norm, and every iterate keeps the bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nblora.bounds import Norm
+from nblora.completion.entries import Entries, HalfSquares
+from nblora.lowrank import LowRank
+from nblora.parametrizations import FreeParameters, Parametrization, bounded_update, pull_back
+
+GRADIENT_STEPS = 2  # of conjugate gradients in each half of a sweep
+CHUNK = 10  # iterations of L-BFGS between two looks at its progress
+HISTORY = 20, 10  # pairs that L-BFGS keeps, for small problems and for large ones
+LARGE = 1_000_000  # free parameters
+SATURATION = (
+    0.999  # share of the ball that the start of L-BFGS fills at most: on the sphere, gradients vanish
+)
+DEAD = 1e-3  # share of the largest singular value below which one is started afresh
+SMALLEST_MULTIPLIER = 1e-6  # relative to the one at which Y is zero
+
+
+@dataclass(frozen=True)
+class Weights:
+    """D_r^-1/2 (m,) and D_c^-1/2 (n,)."""
+
+    row: Tensor
+    column: Tensor
+
+    @staticmethod
+    def ones(entries: Entries) -> Weights:
+        m, n = entries.shape
+        return Weights(entries.values.new_ones(m), entries.values.new_ones(n))
+
+    @staticmethod
+    def by_popularity(entries: Entries) -> Weights:
+        """D = entries of the row (or column) over their mean; an empty one counts as one entry."""
+
+        def one(counts: Tensor) -> Tensor:
+            return (counts.clamp(min=1) / counts.mean()).rsqrt()
+
+        return Weights(one(entries.row_counts), one(entries.mT.row_counts))
+
+
+class Ridge(NamedTuple):
+    """On row and column biases, in units of the squared error; infinite for no biases."""
+
+    row: float
+    column: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """Y = left @ right.T with balanced factors, and biases.
+
+    Attributes:
+        left: (m, k) and right: (n, k), U sqrt(sigma) and V sqrt(sigma) of the decomposition of Y.
+        sigma: (k,) singular values of Y, descending.
+        row_bias: (m,), column_bias: (n,), offset: ().
+    """
+
+    left: Tensor
+    right: Tensor
+    sigma: Tensor
+    row_bias: Tensor
+    column_bias: Tensor
+    offset: Tensor
+
+    @staticmethod
+    def zero(entries: Entries, k: int, *, centred: bool) -> Model:
+        """No update, and the mean of the values as offset where there are biases."""
+        m, n = entries.shape
+        zeros = entries.values.new_zeros
+        offset = entries.values.mean() if centred else zeros(())
+        return Model(zeros(m, k), zeros(n, k), zeros(k), zeros(m), zeros(n), offset)
+
+    @staticmethod
+    def balanced(update: LowRank, row_bias: Tensor, column_bias: Tensor, offset: Tensor) -> Model:
+        """From any factors of Y."""
+        u, sigma, v = update.svd()
+        root = sigma.sqrt()
+        return Model(u * root, v * root, sigma, row_bias, column_bias, offset)
+
+    def truncated(self, k: int) -> Model:
+        """With the k largest singular values."""
+        return replace(self, left=self.left[:, :k], right=self.right[:, :k], sigma=self.sigma[:k])
+
+    def with_spectrum(self, sigma: Tensor) -> Model:
+        """The same singular vectors, other singular values."""
+        old = self.sigma.sqrt()
+        ratio = torch.where(old > 0, sigma.sqrt() / torch.where(old > 0, old, 1.0), 0.0)
+        return replace(self, left=self.left * ratio, right=self.right * ratio, sigma=sigma)
+
+    def factors(self, weights: Weights, *, biases: bool) -> tuple[Tensor, Tensor]:
+        """left (m, d) and right (n, d) of the model without its offset; d = k + 2 with biases."""
+        return (
+            _widened(self.left * weights.row[:, None], self.row_bias if biases else None, last=True),
+            _widened(self.right * weights.column[:, None], self.column_bias if biases else None, last=False),
+        )
+
+
+def _widened(side: Tensor, bias: Tensor | None, last: bool) -> Tensor:
+    """[side, bias, 1] for the one side and [side, 1, bias] for the other, whose product adds both biases."""
+    if bias is None:
+        return side
+    ones = torch.ones_like(bias)
+    return torch.cat([side, torch.stack([bias, ones] if last else [ones, bias], dim=1)], dim=1)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is fitted.
+
+    Attributes:
+        entries: observed entries.
+        k: rank, at most min(m, n).
+        norm: of Y.
+        parametrization: of Y.
+        weights: D.
+        ridge: on biases; None for none, not even an offset.
+        max_iter: sweeps, and iterations of L-BFGS, at most so many each.
+        tol: a solver stops where an iteration improves the squared error by less than this share of it.
+    """
+
+    entries: Entries
+    k: int
+    norm: Norm
+    parametrization: Parametrization
+    weights: Weights
+    ridge: Ridge | None
+    max_iter: int
+    tol: float
+
+
+class Watch:
+    """Counts the passes over the entries, collects the learning curve, and reports progress.
+
+    Attributes:
+        iterations: sweeps and iterations of L-BFGS.
+        evaluations: passes over the entries; evaluating the squared error with its gradient is one, a step of
+            conjugate gradients also.
+        curve: half the squared error with the biases' ridge per entry, after each sweep and each iteration of
+            L-BFGS that was looked at.
+    """
+
+    def __init__(self, report: Callable[[float], None] | None = None) -> None:
+        self.iterations = 0
+        self.evaluations = 0
+        self.curve: list[float] = []
+        self.report = report
+
+    def passed(self, loss: float) -> None:
+        self.curve.append(loss)
+        if self.report is not None:
+            self.report(loss)
+
+
+# --- alternating ridge regressions -----------------------------------------------------------------
+
+
+def spectral_start(problem: Problem, watch: Watch) -> Model:
+    """The leading part of the data with zeros for what is missing, over the rate of observed entries."""
+    return refreshed(
+        problem, Model.zero(problem.entries, problem.k, centred=problem.ridge is not None), 0.0, watch
+    )
+
+
+@torch.no_grad()
+def refreshed(problem: Problem, model: Model, multiplier: float, watch: Watch) -> Model:
+    """The model with the leading directions of its residual in place of those that have died.
+
+    A singular value that a large multiplier has made zero would stay there in sweeps and in gradients, also
+    where a smaller multiplier gives it something to do: the residual has a singular value above that one
+    then.
+    """
+    entries, weights, k = problem.entries, problem.weights, problem.k
+    m, n = entries.shape
+    alive = model.sigma > DEAD * model.sigma[0]
+    missing = k - int(alive.sum())
+    if missing == 0:
+        return model
+    left, right, sigma = model.left[:, alive], model.right[:, alive], model.sigma[alive]
+    u, v = left / sigma.sqrt(), right / sigma.sqrt()
+    factors = model.factors(weights, biases=problem.ridge is not None)
+    residual = -entries.products(*factors, minus=entries.values - model.offset)
+    generator = torch.Generator().manual_seed(0)  # only the directions that the iteration starts in
+    wide = min(missing + 5, m, n)  # a few more than asked for, so that the leading ones converge
+    v_new = torch.randn(n, wide, generator=generator).to(residual)
+    for _ in range(3):
+        v_new = torch.linalg.qr(v_new - v @ (v.mT @ v_new)).Q
+        u_new = weights.row[:, None] * entries.times_right(residual, weights.column[:, None] * v_new)
+        u_new = torch.linalg.qr(u_new - u @ (u.mT @ u_new)).Q
+        v_new = weights.column[:, None] * entries.transposed_times_left(
+            residual, weights.row[:, None] * u_new
+        )
+        watch.evaluations += 1
+    found = LowRank(u_new, v_new.mT).svd()
+    rate = len(entries) / (m * n)
+    grown = ((found.sigma[:missing] - multiplier) / rate).clamp(min=0)
+    floor = 2 * DEAD * torch.cat([sigma, grown]).amax()  # a little of each, so that none is dead at once
+    grown = grown.clamp(min=floor)
+    root = grown.sqrt()
+    sigma, order = torch.cat([sigma, grown]).sort(descending=True)
+    return replace(
+        model,
+        left=torch.cat([left, found.u[:, :missing] * root], dim=1)[:, order],
+        right=torch.cat([right, found.v[:, :missing] * root], dim=1)[:, order],
+        sigma=sigma,
+    )
+
+
+def largest_multiplier(problem: Problem, start: Model) -> float:
+    """The multiplier from which on Y is zero: the spectral norm of the weighted data less their mean.
+
+    Args:
+        start: `spectral_start` of the problem.
+    """
+    m, n = problem.entries.shape
+    return start.sigma[0].item() * len(problem.entries) / (m * n)
+
+
+@torch.no_grad()
+def sweep(problem: Problem, model: Model, multiplier: float, watch: Watch) -> Model:
+    """Ridge regressions of all rows and then of all columns, X and biases together."""
+    entries, weights, ridge = problem.entries, problem.weights, problem.ridge
+    left, right = model.left * weights.row[:, None], model.right * weights.column[:, None]
+    row_bias, column_bias, offset = model.row_bias, model.column_bias, model.offset
+    rows = _Side(entries, multiplier / weights.row.square(), None if ridge is None else ridge.row)
+    left, row_bias, offset, squares = rows.improved(left, row_bias, right, column_bias, offset)
+    columns = _Side(entries.mT, multiplier / weights.column.square(), None if ridge is None else ridge.column)
+    right, column_bias, offset, _ = columns.improved(right, column_bias, left, row_bias, offset)
+    watch.iterations += 1
+    watch.evaluations += 2 * (1 + GRADIENT_STEPS)
+    watch.passed(squares / 2 / len(entries))
+    update = LowRank(left / weights.row[:, None], (right / weights.column[:, None]).mT)
+    return Model.balanced(update, row_bias, column_bias, offset)
+
+
+class _Side(NamedTuple):
+    """The regressions of all rows: entries (m, n), ridge (m,) on the factors and a number on the bias."""
+
+    entries: Entries
+    ridge: Tensor
+    ridge_on_bias: float | None
+
+    def improved(
+        self, left: Tensor, row_bias: Tensor, right: Tensor, column_bias: Tensor, offset: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Better left, row_bias and offset for a given right and column_bias, and the squared error before.
+
+        Conjugate gradients for every row at once; each step is one pass over the entries.
+        """
+        entries, k = self.entries, left.shape[1]
+        if self.ridge_on_bias is None:
+            unknown, design, penalty = left, right, self.ridge[:, None].expand(-1, k)
+            residual = entries.products(left, right, minus=entries.values)
+        else:
+            unknown = torch.cat([left, row_bias[:, None]], dim=1)
+            design = torch.cat([right, torch.ones_like(column_bias)[:, None]], dim=1)
+            penalty = self.ridge[:, None].repeat(1, k + 1)
+            penalty[:, k] = self.ridge_on_bias
+            residual = entries.products(
+                _widened(left, row_bias, last=True),
+                _widened(right, column_bias, last=False),
+                minus=entries.values - offset,
+            )
+            shift = residual.mean()
+            offset, residual = offset - shift, residual - shift
+        squares = residual.square().sum().item()
+        # of the curvature, the diagonal, with the average column in place of those that a row has
+        average = (entries.mT.row_counts @ design.square()) / len(entries)
+        diagonal = penalty + entries.row_counts[:, None] * average
+        gradient = entries.times_right(residual, design) + penalty * unknown
+        scaled = gradient / diagonal
+        direction = -scaled
+        power = (gradient * scaled).sum(1, keepdim=True)
+        for step in range(GRADIENT_STEPS):
+            bent = entries.times_right(entries.products(direction, design), design) + penalty * direction
+            curvature = (direction * bent).sum(1, keepdim=True)
+            length = torch.where(curvature > 0, power / torch.where(curvature > 0, curvature, 1.0), 0.0)
+            unknown = unknown + length * direction
+            if step + 1 < GRADIENT_STEPS:
+                gradient = gradient + length * bent
+                scaled = gradient / diagonal
+                next_power = (gradient * scaled).sum(1, keepdim=True)
+                ratio = torch.where(power > 0, next_power / torch.where(power > 0, power, 1.0), 0.0)
+                direction, power = ratio * direction - scaled, next_power
+        if self.ridge_on_bias is None:
+            return unknown, row_bias, offset, squares
+        return unknown[:, :k], unknown[:, k].contiguous(), offset, squares
+
+
+def settle(problem: Problem, model: Model, multiplier: float, watch: Watch, sweeps: int) -> Model:
+    """Sweeps at one multiplier until they improve the squared error by less than the tolerance."""
+    model = refreshed(problem, model, multiplier, watch)
+    before = math.inf
+    for _ in range(sweeps):
+        model = sweep(problem, model, multiplier, watch)
+        if not abs(before - watch.curve[-1]) > problem.tol * watch.curve[-1]:
+            break
+        before = watch.curve[-1]
+    return model
+
+
+def approach(
+    problem: Problem, radius: float, model: Model, multiplier: float, smallest: float, watch: Watch
+) -> tuple[Model, float]:
+    """Sweeps whose multiplier moves until the norm of Y is the radius, or the multiplier is as good as zero.
+
+    Args:
+        model: where to start; a singular value that is zero stays zero.
+        multiplier: where to start.
+        smallest: multiplier that counts as zero, > 0.
+
+    Returns:
+        the model and its multiplier. The norm may be off the radius by a little.
+    """
+    elasticity = 3.0  # of the multiplier: how much it has to fall, in logarithms, for the norm to rise
+    last: tuple[float, float] | None = None
+    before = math.inf
+    falling = False
+    for _ in range(problem.max_iter):
+        if falling:
+            model = refreshed(problem, model, multiplier, watch)
+        model = sweep(problem, model, multiplier, watch)
+        loss = watch.curve[-1]
+        share = problem.norm.value(model.sigma).item() / radius
+        free = multiplier <= smallest and share <= 1
+        if (abs(share - 1) < 0.01 or free) and not abs(before - loss) > problem.tol * loss:
+            break
+        before = loss
+        at = (math.log(multiplier), math.log(max(share, 1e-6)))
+        if last is not None and abs(at[1] - last[1]) > 1e-3 and abs(at[0] - last[0]) > 1e-3:
+            measured = -(at[0] - last[0]) / (at[1] - last[1])
+            elasticity = min(max(measured, 1.0), 6.0) if measured > 0 else elasticity
+        last = at
+        step = min(max(elasticity * at[1], -1.0), 1.0)
+        falling = step < 0
+        multiplier = max(multiplier * math.exp(step), smallest)
+    return model, multiplier
+
+
+# --- L-BFGS in the ball ----------------------------------------------------------------------------
+
+
+def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Model:
+    """Train the free parameters of the bounded parametrization, from a model anywhere.
+
+    Args:
+        model: where to start; its spectrum is projected onto the ball first.
+        radius: of the ball, > 0.
+
+    Returns:
+        a model with Y in the ball up to the rounding of the parameters' precision.
+    """
+    entries, weights, norm, k = problem.entries, problem.weights, problem.norm, problem.k
+    m, n = entries.shape
+    ball = torch.as_tensor(radius, dtype=entries.values.dtype, device=entries.values.device)
+    start = model.with_spectrum(norm.project(model.sigma, SATURATION * ball))
+    free = pull_back(
+        LowRank(start.left, start.right.mT),
+        k,
+        norm=norm,
+        radius=ball,
+        parametrization=problem.parametrization,
+    )
+    unit = math.sqrt(m + n)  # entries of orthonormal frames are of the size 1 / unit
+    # The curvature along a moved parameter should be about one, which L-BFGS takes it for at first: a free
+    # entry moves X by s_j / unit, and that is seen at the rate of observed entries.
+    bounds = norm.scales(free.logits, ball, k)
+    scale = unit**2 * m * n / (len(entries) * bounds.square().mean().item())
+    sizes = [(count / (len(entries) * scale)) ** 0.5 for count in (m, n, 1)]  # of biases and the offset
+    moved = {
+        name: (tensor * unit).contiguous().requires_grad_()
+        for name, tensor in vars(free).items()
+        if tensor is not None
+    }
+    biases: list[Tensor] = []
+    if problem.ridge is not None:
+        biases = [
+            (bias / size).clone().requires_grad_()
+            for bias, size in zip((model.row_bias, model.column_bias, model.offset), sizes)
+        ]
+
+    def state() -> tuple[LowRank, Tensor, Tensor, Tensor]:
+        update = bounded_update(
+            FreeParameters(**{name: tensor / unit for name, tensor in moved.items()}),
+            norm=norm,
+            radius=ball,
+            parametrization=problem.parametrization,
+        )
+        if not biases:
+            return update, model.row_bias, model.column_bias, model.offset
+        row_bias, column_bias, offset = (size * bias for bias, size in zip(biases, sizes))
+        return update, row_bias, column_bias, offset
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        update, row_bias, column_bias, offset = state()
+        left = (update.left * weights.row[:, None]).contiguous()
+        right = (update.right.mT * weights.column[:, None]).contiguous()
+        if problem.ridge is None:
+            objective = HalfSquares.apply(entries, entries.values, left, right)
+        else:
+            objective = HalfSquares.apply(
+                entries,
+                entries.values,
+                _widened(left, row_bias + offset, last=True),
+                _widened(right, column_bias, last=False),
+            )
+            objective = objective + problem.ridge.row / 2 * row_bias.square().sum(dtype=torch.float64)
+            objective = objective + problem.ridge.column / 2 * column_bias.square().sum(dtype=torch.float64)
+        scaled: Tensor = objective * scale
+        scaled.backward()
+        watch.evaluations += 1
+        return scaled
+
+    parameters = [*moved.values(), *biases]
+    large = sum(parameter.numel() for parameter in parameters) > LARGE
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=CHUNK,
+        max_eval=100 * CHUNK,
+        history_size=HISTORY[large],
+        line_search_fn="strong_wolfe",
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+    )
+    before = math.inf
+    for iteration in range(CHUNK, problem.max_iter + CHUNK, CHUNK):
+        optimizer.param_groups[0]["max_iter"] = min(CHUNK, problem.max_iter + CHUNK - iteration)
+        value = optimizer.step(loss).item()
+        watch.iterations += optimizer.param_groups[0]["max_iter"]
+        watch.passed(value / scale / len(entries))
+        if not before - value > CHUNK * problem.tol * value:
+            break
+        before = value
+    with torch.no_grad():
+        update, *rest = state()
+        return Model.balanced(update, *rest)
