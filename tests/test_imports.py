@@ -97,10 +97,15 @@ def test_promised_names_exist(name: str) -> None:
 
 # --- imports run one way ---
 
-PURE_MODULES = ["bounds", "cayley", "lowrank", "parametrizations", "spectral"]
+PURE_MODULES = ["bounds", "cayley", "contract", "lowrank", "parametrizations", "spectral"]
 SOURCES = Path(nblora.__file__).parent
 PACKAGE = "nblora"
-LEVELS = dict.fromkeys(PURE_MODULES, 0) | {"tuner": 1, "checkpoints": 2, "certificate": 2}
+LEVELS = dict.fromkeys(PURE_MODULES, 0) | {
+    "tuner": 1,
+    "checkpoints": 2,
+    "certificate": 2,
+    "completion": 2,
+}
 TOP = 3  # command line, demo and whatever is new
 ROOTS = {"__init__", "_registration"}  # light doors: they load other modules only when asked
 

@@ -51,13 +51,17 @@ class Entries:
         """(N,) the entries' numbers sorted by column and then by row."""
         return torch.argsort(self.columns, stable=True).to(self.columns.dtype)
 
+    @property
+    def row_of_entry(self) -> Tensor:
+        """(N,) the row of each, int64."""
+        rows = torch.arange(self.shape[0], device=self.columns.device)
+        return torch.repeat_interleave(rows, self.row_starts.diff())
+
     @cached_property
     def mT(self) -> Entries:
         """The entries of the transposed matrix, in their own order."""
         m, n = self.shape
-        rows = torch.repeat_interleave(
-            torch.arange(m, dtype=self.columns.dtype, device=self.columns.device), self.row_starts.diff()
-        )
+        rows = self.row_of_entry.to(self.columns.dtype)
         starts = torch.zeros(n + 1, dtype=torch.int64, device=self.columns.device)
         starts[1:] = torch.bincount(self.columns, minlength=n).cumsum(0)
         return Entries(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,11 +21,12 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from nblora.bounds import Norm, parse_norm
 from nblora.completion import fitting, selection
 from nblora.completion.entries import Entries, torch_sparse
-from nblora.completion.fitting import Model, Problem, Ridge, Watch, Weights
+from nblora.completion.fitting import Model, Problem, Watch, Weights
 from nblora.completion.folding import RowPrior, fold_in
 from nblora.completion.observations import (
     Duplicates,
     Observations,
+    frame_as_array,
     from_coordinates,
     from_dense,
     from_places,
@@ -178,7 +180,19 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             explicit zeros included, are observed. Never made dense.
         y : ignored.
         """
-        return self._fit(self._observe(X, reset=True))
+        with self._as_before_on_failure():
+            return self._fit(self._observe(X, reset=True))
+
+    @contextmanager
+    def _as_before_on_failure(self) -> Iterator[None]:
+        """A fit that fails leaves the last one as it was."""
+        before = self.__dict__.copy()
+        try:
+            yield
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
 
     def fit_coo(
         self, rows: ArrayLike, cols: ArrayLike, values: ArrayLike, shape: tuple[int, int] | None = None
@@ -191,8 +205,9 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         self._check_parameters()
         observed = from_coordinates(rows, cols, values, shape, duplicates=self.duplicates)
-        self._forget_names(observed.shape[1])
-        return self._fit(observed)
+        with self._as_before_on_failure():
+            self._forget_names(observed.shape[1])
+            return self._fit(observed)
 
     def partial_fit(self, X: Any, y: None = None) -> NBMatrixCompletion:
         """Add the observed entries of X to those known, and go on from the last solution.
@@ -205,7 +220,8 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         if not hasattr(self, "components_"):
             return self.fit(X)
-        return self._continue(self._observe(X, reset=False))
+        with self._as_before_on_failure():
+            return self._continue(self._observe(X, reset=False))
 
     def partial_fit_coo(
         self, rows: ArrayLike, cols: ArrayLike, values: ArrayLike, shape: tuple[int, int] | None = None
@@ -215,15 +231,16 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             return self.fit_coo(rows, cols, values, shape)
         self._check_parameters()
         new = from_coordinates(rows, cols, values, shape, duplicates=self.duplicates)
-        if new.shape[1] > self.n_features_in_:
-            self._forget_names(new.shape[1])
-        return self._continue(new)
+        with self._as_before_on_failure():
+            if new.shape[1] > self.n_features_in_:
+                self._forget_names(new.shape[1])
+            return self._continue(new)
 
     def _continue(self, new: Observations) -> NBMatrixCompletion:
         return self._fit(self._observations.updated(new), again=True)
 
     def _fit(self, observed: Observations, again: bool = False) -> NBMatrixCompletion:
-        """Fit, and only then change attributes: a fit that fails leaves the last one as it was."""
+        """Fit, from the last solution if `again`: then also with its rank and bound."""
         norm, bound = self._check_parameters()
         m, n = observed.shape
         if len(observed) == 0:
@@ -233,14 +250,7 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             self.warm_start and hasattr(self, "components_") and self._observations.shape == observed.shape
         )
         centre = float(observed.values.mean()) if self.bias == "joint" else 0.0
-        # the largest value first, since squares could overflow
-        size = float(np.abs(observed.values - centre).max())
-        unit = size * float(np.sqrt(np.mean(((observed.values - centre) / (size or 1.0)) ** 2))) or 1.0
-        if not math.isfinite(centre) or not math.isfinite(unit):
-            raise ValueError(
-                "the mean square of the observed entries must be finite, "
-                f"got values up to {np.abs(observed.values).max():.3g}"
-            )
+        unit = self._unit(observed.values - centre)
         standard = Observations(
             observed.shape, observed.rows, observed.columns, (observed.values - centre) / unit
         )
@@ -264,18 +274,15 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             problem = self._problem(standard, norm, k)
             if radius is None:  # too little data to hold any out
                 radius = _cautious_radius(problem, watch)
-            start: Model | None = None
-            largest: float | None = None
-            if restart:
-                start = self._last_model(problem, unit, centre)
-                if again:
-                    share, largest = self._share, self._largest * len(observed) / len(self._observations)
-            if radius > 0:
-                model, share, largest = selection.solve(
-                    problem, radius, watch, model=start, share=share, largest=largest
-                )
+            if not radius > 0:
+                model, largest = fitting.barely(problem, 0.0, watch), 0.0
+            elif restart:
+                # a multiplier goes with the number of entries
+                largest = self._largest * len(observed) / len(self._observations)
+                last = self._last_model(problem, unit, centre)
+                model, share, largest = selection.resume(problem, radius, last, self._share, largest, watch)
             else:
-                model, largest = Model.zero(problem.entries, k, centred=self.bias == "joint"), 0.0
+                model, share, largest = selection.solve(problem, radius, watch, share=share)
         self._observations, self._k, self._share, self._largest = observed, k, share, largest
         self._store(problem, model, radius, unit, centre)
         if not again:
@@ -288,6 +295,20 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if self.verbose:
             print(f"[NBMatrixCompletion] rank {self.rank_}, bound {self.bound_:.6g}")
         return self
+
+    def _unit(self, values: NDArray[np.float64]) -> float:
+        """The root mean square of the values, 1 if they are zero; what is fitted has this as its unit."""
+        largest = float(np.abs(values).max())  # first, since squares could overflow
+        limits = np.finfo(self.dtype)
+        low, high = max(float(limits.tiny) * 1e6, 1e-150), min(float(limits.max) / 1e6, 1e150)
+        if largest == 0:
+            return 1.0
+        if not low <= largest <= high:
+            raise ValueError(
+                f"the largest distance of an observed entry from their mean (from 0 without bias) must be in "
+                f"[{low:.3g}, {high:.3g}] for {self.dtype}, got {largest:.3g}"
+            )
+        return largest * float(np.sqrt(np.mean((values / largest) ** 2)))
 
     def _check_parameters(self) -> tuple[Norm, float | None]:
         """Refuse parameters that mean nothing; the norm and the bound, None for "auto"."""
@@ -317,8 +338,10 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 raise ValueError(f"{name} must be {names}, got {name}={getattr(self, name)!r}")
         self._missing()
         try:
-            torch.empty(0, device=self.device)
-        except (AssertionError, RuntimeError, NotImplementedError) as error:
+            if not isinstance(self.device, (str, torch.device)):
+                raise TypeError(f"a {type(self.device).__name__} is no device")
+            float(torch.zeros((), device=self.device))  # "meta" has no values
+        except (AssertionError, RuntimeError, NotImplementedError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"device must be one that PyTorch can use here, got device={self.device!r}: {reason}"
@@ -342,8 +365,12 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 self, X, accept_sparse=True, dtype="numeric", ensure_all_finite=False, reset=reset
             )
             return from_sparse(X, missing_values=missing, duplicates=self.duplicates)
-        _refuse_text_columns(X)
-        X = validate_data(self, X, dtype=np.float64, ensure_all_finite=False, reset=reset)
+        if hasattr(X, "iloc") and hasattr(X, "columns"):  # a data frame
+            dense = type(X)(frame_as_array(X, missing), index=X.index, columns=X.columns)
+            X, missing = dense, math.nan
+        elif isinstance(X, np.ma.MaskedArray):
+            X = np.ma.filled(X.astype(np.float64), missing)
+        X = validate_data(self, X, dtype="numeric", ensure_all_finite=False, reset=reset)
         return from_dense(X, missing_values=missing)
 
     def _forget_names(self, n: int) -> None:
@@ -354,16 +381,13 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _problem(self, standard: Observations, norm: Norm, k: int) -> Problem:
         entries = Entries.of(standard, device=torch.device(self.device), dtype=_DTYPES[self.dtype])
         popular = self.weighting == "popularity"
-        ridge = None
-        if self.bias == "joint":
-            ridge = Ridge(selection.bias_ridge(entries), selection.bias_ridge(entries.mT))
         return Problem(
             entries=entries,
             k=k,
             norm=norm,
             parametrization=self.parametrization,
             weights=Weights.by_popularity(entries) if popular else Weights.ones(entries),
-            ridge=ridge,
+            ridge=selection.bias_ridge(entries) if self.bias == "joint" else None,
             max_iter=int(self.max_iter),
             tol=float(self.tol),
         )
@@ -398,10 +422,26 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             cv = ShuffleSplit(1, test_size=0.1, random_state=random_state)
         elif isinstance(cv, numbers.Integral):
             cv = KFold(int(cv), shuffle=True, random_state=random_state)
-        positions = np.arange(count)[:, None]
-        return [
-            (np.asarray(fitted), np.asarray(held_out)) for fitted, held_out in check_cv(cv).split(positions)
-        ]
+        try:
+            splits = [
+                (np.asarray(fitted), np.asarray(held_out))
+                for fitted, held_out in check_cv(cv).split(np.arange(count)[:, None])
+            ]
+        except TypeError as error:
+            raise ValueError(
+                f"cv must be a number of folds, a splitter or pairs of positions, got cv={self.cv!r}: {error}"
+            ) from None
+        if not splits:
+            raise ValueError(f"cv must give at least one split, got cv={self.cv!r}")
+        for fitted, held_out in splits:
+            both = np.concatenate([fitted, held_out])
+            inside = both.dtype.kind in "iu" and len(both) and both.min() >= 0 and both.max() < count
+            if not inside or len(np.unique(both)) < len(both):
+                raise ValueError(
+                    f"cv must split positions from 0 to {count - 1}, each at most once, got a split of "
+                    f"{len(fitted)} and {len(held_out)} that does not"
+                )
+        return splits
 
     def _last_model(self, problem: Problem, unit: float, centre: float) -> Model:
         """The last solution in the units of this problem; new rows and columns start at zero."""
@@ -426,8 +466,17 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _store(self, problem: Problem, model: Model, radius: float, unit: float, centre: float) -> None:
         """The learned attributes, with the norm measured and below the bound."""
         row_weight, column_weight = (w.double().cpu() for w in vars(problem.weights).values())
-        update = LowRank(model.left.double().cpu(), model.right.double().cpu().mT)
-        u, sigma, v = update.svd()
+        # what was never observed is left to the biases; that makes no norm larger
+        left, right, row_bias, column_bias = (
+            torch.where(count[:, None] > 0, factor.reshape(len(count), -1), 0.0).double().cpu()
+            for factor, count in (
+                (model.left, problem.entries.row_counts),
+                (model.right, problem.entries.mT.row_counts),
+                (model.row_bias, problem.entries.row_counts),
+                (model.column_bias, problem.entries.mT.row_counts),
+            )
+        )
+        u, sigma, v = LowRank(left, right.mT).svd()
         # inside by what rounding to the stored precision may add
         rounding = 4 * torch.finfo(_DTYPES[self.dtype]).eps
         sigma = problem.norm.project(sigma, torch.tensor(radius * (1 - rounding), dtype=torch.float64))
@@ -441,8 +490,8 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.rank_ = int(kept.sum())
         self.bound_ = float(radius * unit)
         biased = problem.ridge is not None
-        self.row_bias_ = (model.row_bias.double().cpu().numpy() * unit) if biased else np.zeros(len(u))
-        self.column_bias_ = (model.column_bias.double().cpu().numpy() * unit) if biased else np.zeros(len(v))
+        self.row_bias_ = row_bias[:, 0].numpy() * unit
+        self.column_bias_ = column_bias[:, 0].numpy() * unit
         self.offset_ = float(model.offset) * unit + centre if biased else 0.0
         self.certificate_ = _certificate(
             problem.norm,
@@ -554,6 +603,8 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def fit_transform(self, X: Any, y: None = None) -> NDArray[np.float64]:
         """Fit to X and complete it."""
+        if hasattr(X, "shape") and len(X.shape) == 2:
+            refuse_what_does_not_fit(X.shape, np.dtype(np.float64).itemsize)
         self.fit(X)
         return self._completed(self._observations, self._row_coefficients())
 
@@ -741,23 +792,3 @@ def _warn_of_empty(observed: Observations) -> None:
                 UserWarning,
                 stacklevel=4,
             )
-
-
-def _refuse_text_columns(X: Any) -> None:
-    """Name the column of a data frame that is not numeric; arrays are refused by scikit-learn."""
-    if not (hasattr(X, "dtypes") and hasattr(X, "columns") and hasattr(X, "iloc")):
-        return
-    for place, name in enumerate(X.columns):
-        column = X.iloc[:, place]
-        if getattr(column.dtype, "kind", "O") in "iufb":
-            continue
-        for value in column[column.notna()]:
-            try:
-                float(value)
-            except (TypeError, ValueError):
-                value_type = type(value).__name__
-                raise ValueError(
-                    f"columns must be numeric, got {value_type} {value!r} in column {name!r}"
-                ) from None
-            if isinstance(value, str):
-                raise ValueError(f"columns must be numeric, got the text {value!r} in column {name!r}")

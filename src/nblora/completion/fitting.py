@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nblora.bounds import Norm
+from nblora.bounds import Norm, Schatten, Spectral
 from nblora.completion.entries import Entries, HalfSquares
 from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters, Parametrization, bounded_update, pull_back
@@ -31,9 +31,10 @@ GRADIENT_STEPS = 2  # of conjugate gradients in each half of a sweep
 CHUNK = 10  # iterations of L-BFGS between two looks at its progress
 HISTORY = 20, 10  # pairs that L-BFGS keeps, for small problems and for large ones
 LARGE = 1_000_000  # free parameters
-SATURATION = (
-    0.999  # share of the ball that the start of L-BFGS fills at most: on the sphere, gradients vanish
-)
+# Share of the ball that the start of L-BFGS fills at most. On the sphere gradients vanish, and what is
+# zero has no room to grow; but where sweeps have solved the very problem, nothing has to.
+SATURATION, SOLVED = 0.95, 0.9999
+ROOMY = 4.0  # times the norm that Y has without it: a larger bound changes nothing and rounds worse
 DEAD = 1e-3  # share of the largest singular value below which one is started afresh
 SMALLEST_MULTIPLIER = 1e-6  # relative to the one at which Y is zero
 
@@ -227,25 +228,51 @@ def refreshed(problem: Problem, model: Model, multiplier: float, watch: Watch) -
     )
 
 
+def solves(norm: Norm) -> bool:
+    """Whether sweeps know the norm; for another one they take the nuclear norm and are only a start."""
+    return isinstance(norm, Schatten)
+
+
 def largest_multiplier(problem: Problem, start: Model) -> float:
-    """The multiplier from which on Y is zero: the spectral norm of the weighted data less their mean.
+    """The multiplier from which on Y is zero: the dual norm of the weighted data less their mean.
 
     Args:
-        start: `spectral_start` of the problem.
+        start: `spectral_start` of the problem, of which the k leading singular values are taken.
     """
     m, n = problem.entries.shape
-    return start.sigma[0].item() * len(problem.entries) / (m * n)
+    norm = problem.norm
+    dual: Norm = Spectral()  # of the nuclear norm
+    if isinstance(norm, Schatten) and norm.p > 1:
+        dual = Schatten(norm.p / (norm.p - 1))
+    return dual.value(start.sigma).item() * len(problem.entries) / (m * n)
+
+
+def _pull(norm: Norm, sigma: Tensor) -> Tensor:
+    """(k,) the gradient of the norm by the singular values: 1 for the nuclear norm."""
+    if not isinstance(norm, Schatten) or norm.p == 1 or not bool(sigma[0] > 0):
+        return torch.ones_like(sigma)
+    pull: Tensor = (sigma / norm.value(sigma)) ** (norm.p - 1)
+    return pull.clamp(min=1e-4)  # a little, so that no regression is singular
 
 
 @torch.no_grad()
 def sweep(problem: Problem, model: Model, multiplier: float, watch: Watch) -> Model:
-    """Ridge regressions of all rows and then of all columns, X and biases together."""
+    """Ridge regressions of all rows and then of all columns, X and biases together.
+
+    With balanced factors the ridge multiplier * sum_j w_j (||left_j||^2 + ||right_j||^2) / 2 has the
+    gradient of multiplier * norm(Y) where the weights w are the gradient of the norm by the singular values.
+    """
     entries, weights, ridge = problem.entries, problem.weights, problem.ridge
     left, right = model.left * weights.row[:, None], model.right * weights.column[:, None]
     row_bias, column_bias, offset = model.row_bias, model.column_bias, model.offset
-    rows = _Side(entries, multiplier / weights.row.square(), None if ridge is None else ridge.row)
+    pull = multiplier * _pull(problem.norm, model.sigma)
+    on_row, on_column = (None, None) if ridge is None else ridge
+    rows = _Side(entries, pull / weights.row.square()[:, None], on_row)
     left, row_bias, offset, squares = rows.improved(left, row_bias, right, column_bias, offset)
-    columns = _Side(entries.mT, multiplier / weights.column.square(), None if ridge is None else ridge.column)
+    if ridge is not None:
+        for on_bias, bias in zip(ridge, (model.row_bias, model.column_bias)):
+            squares += on_bias * bias.square().sum().item()
+    columns = _Side(entries.mT, pull / weights.column.square()[:, None], on_column)
     right, column_bias, offset, _ = columns.improved(right, column_bias, left, row_bias, offset)
     watch.iterations += 1
     watch.evaluations += 2 * (1 + GRADIENT_STEPS)
@@ -255,7 +282,7 @@ def sweep(problem: Problem, model: Model, multiplier: float, watch: Watch) -> Mo
 
 
 class _Side(NamedTuple):
-    """The regressions of all rows: entries (m, n), ridge (m,) on the factors and a number on the bias."""
+    """The regressions of all rows: entries (m, n), ridge (m, k) on the factors and a number on the bias."""
 
     entries: Entries
     ridge: Tensor
@@ -270,13 +297,12 @@ class _Side(NamedTuple):
         """
         entries, k = self.entries, left.shape[1]
         if self.ridge_on_bias is None:
-            unknown, design, penalty = left, right, self.ridge[:, None].expand(-1, k)
+            unknown, design, penalty = left, right, self.ridge
             residual = entries.products(left, right, minus=entries.values)
         else:
             unknown = torch.cat([left, row_bias[:, None]], dim=1)
             design = torch.cat([right, torch.ones_like(column_bias)[:, None]], dim=1)
-            penalty = self.ridge[:, None].repeat(1, k + 1)
-            penalty[:, k] = self.ridge_on_bias
+            penalty = torch.nn.functional.pad(self.ridge, (0, 1), value=self.ridge_on_bias)
             residual = entries.products(
                 _widened(left, row_bias, last=True),
                 _widened(right, column_bias, last=False),
@@ -306,6 +332,16 @@ class _Side(NamedTuple):
         if self.ridge_on_bias is None:
             return unknown, row_bias, offset, squares
         return unknown[:, :k], unknown[:, k].contiguous(), offset, squares
+
+
+def barely(problem: Problem, radius: float, watch: Watch) -> Model:
+    """The model in a ball so small that Y changes next to nothing: biases alone, then the steepest Y."""
+    model = Model.zero(problem.entries, problem.k, centred=problem.ridge is not None)
+    if problem.ridge is not None:
+        for _ in range(CHUNK):
+            model = sweep(problem, model, 1.0, watch)
+    model = refreshed(problem, model, 0.0, watch)
+    return model.with_spectrum(problem.norm.project(model.sigma, model.sigma.new_tensor(radius)))
 
 
 def settle(problem: Problem, model: Model, multiplier: float, watch: Watch, sweeps: int) -> Model:
@@ -343,14 +379,16 @@ def approach(
         model = sweep(problem, model, multiplier, watch)
         loss = watch.curve[-1]
         share = problem.norm.value(model.sigma).item() / radius
-        free = multiplier <= smallest and share <= 1
+        # what a smaller multiplier could still gain, by convexity
+        gain = multiplier * (radius - share * radius) / len(problem.entries)
+        free = share <= 1 and (multiplier <= smallest or gain <= problem.tol * loss)
         if (abs(share - 1) < 0.01 or free) and not abs(before - loss) > problem.tol * loss:
             break
         before = loss
         at = (math.log(multiplier), math.log(max(share, 1e-6)))
-        if last is not None and abs(at[1] - last[1]) > 1e-3 and abs(at[0] - last[0]) > 1e-3:
+        if last is not None and abs(at[1] - last[1]) > 1e-4 and abs(at[0] - last[0]) > 1e-3:
             measured = -(at[0] - last[0]) / (at[1] - last[1])
-            elasticity = min(max(measured, 1.0), 6.0) if measured > 0 else elasticity
+            elasticity = min(max(measured, 1.0), 100.0) if measured > 0 else elasticity
         last = at
         step = min(max(elasticity * at[1], -1.0), 1.0)
         falling = step < 0
@@ -365,7 +403,7 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
     """Train the free parameters of the bounded parametrization, from a model anywhere.
 
     Args:
-        model: where to start; its spectrum is projected onto the ball first.
+        model: where to start, not zero; its spectrum is projected onto the ball first.
         radius: of the ball, > 0.
 
     Returns:
@@ -373,8 +411,9 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
     """
     entries, weights, norm, k = problem.entries, problem.weights, problem.norm, problem.k
     m, n = entries.shape
+    radius = min(radius, ROOMY * norm.value(model.sigma).item())
     ball = torch.as_tensor(radius, dtype=entries.values.dtype, device=entries.values.device)
-    start = model.with_spectrum(norm.project(model.sigma, SATURATION * ball))
+    start = model.with_spectrum(norm.project(model.sigma, (SOLVED if solves(norm) else SATURATION) * ball))
     free = pull_back(
         LowRank(start.left, start.right.mT),
         k,
@@ -386,7 +425,7 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
     # The curvature along a moved parameter should be about one, which L-BFGS takes it for at first: a free
     # entry moves X by s_j / unit, and that is seen at the rate of observed entries.
     bounds = norm.scales(free.logits, ball, k)
-    scale = unit**2 * m * n / (len(entries) * bounds.square().mean().item())
+    scale = unit**2 * m * n / (len(entries) * bounds.double().square().mean().item())
     sizes = [(count / (len(entries) * scale)) ** 0.5 for count in (m, n, 1)]  # of biases and the offset
     moved = {
         name: (tensor * unit).contiguous().requires_grad_()
@@ -412,6 +451,8 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
         row_bias, column_bias, offset = (size * bias for bias, size in zip(biases, sizes))
         return update, row_bias, column_bias, offset
 
+    seen: list[float] = []  # what L-BFGS returns is the loss before its steps
+
     def loss() -> Tensor:
         optimizer.zero_grad()
         update, row_bias, column_bias, offset = state()
@@ -431,6 +472,7 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
         scaled: Tensor = objective * scale
         scaled.backward()
         watch.evaluations += 1
+        seen.append(scaled.item())
         return scaled
 
     parameters = [*moved.values(), *biases]
@@ -444,15 +486,17 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
         tolerance_grad=0.0,
         tolerance_change=0.0,
     )
-    before = math.inf
-    for iteration in range(CHUNK, problem.max_iter + CHUNK, CHUNK):
-        optimizer.param_groups[0]["max_iter"] = min(CHUNK, problem.max_iter + CHUNK - iteration)
-        value = optimizer.step(loss).item()
+    lowest = math.inf
+    for done in range(0, problem.max_iter, CHUNK):
+        optimizer.param_groups[0]["max_iter"] = min(CHUNK, problem.max_iter - done)
+        optimizer.step(loss)
         watch.iterations += optimizer.param_groups[0]["max_iter"]
-        watch.passed(value / scale / len(entries))
-        if not before - value > CHUNK * problem.tol * value:
+        before = min(lowest, seen[0])
+        lowest = min(lowest, *seen)
+        seen.clear()
+        watch.passed(lowest / scale / len(entries))
+        if not before - lowest > CHUNK * problem.tol * lowest:
             break
-        before = value
     with torch.no_grad():
         update, *rest = state()
         return Model.balanced(update, *rest)

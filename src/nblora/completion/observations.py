@@ -6,6 +6,8 @@ cannot depend on how the entries were given.
 
 from __future__ import annotations
 
+import numbers
+import operator
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -127,21 +129,83 @@ def from_sparse(matrix: Any, *, missing_values: float, duplicates: Duplicates) -
         missing_values: stored entries of this value are not observed, unless it is NaN, which a sparse matrix
             has no need to store and which is refused.
     """
+    _refuse_padding(matrix)
     coordinates = scipy.sparse.coo_array(matrix)  # of any format, without adding up repeated entries
     row, column = (np.asarray(index, np.int64) for index in coordinates.coords)
     value = _numbers(coordinates.data)
     if not np.isnan(missing_values):
-        kept = value != missing_values
+        kept = ~_is_missing(coordinates.data, missing_values)
         row, column, value = row[kept], column[kept], value[kept]
     m, n = coordinates.shape
     return _sorted((m, n), row, column, value, duplicates)
 
 
+def _refuse_padding(matrix: Any) -> None:
+    """Refuse formats that store blocks or diagonals, where a stored zero may be no entry at all."""
+    padded = matrix.format == "bsr" and matrix.blocksize != (1, 1) and np.any(matrix.data == 0)
+    if matrix.format == "dia":
+        columns = np.arange(matrix.data.shape[1])
+        rows = columns - matrix.offsets[:, None]
+        inside = (rows >= 0) & (rows < matrix.shape[0]) & (columns < matrix.shape[1])
+        padded = bool(np.any(matrix.data[inside] == 0))
+    if padded:
+        raise ValueError(
+            "a sparse X must tell an observed zero from one that is not stored, got zeros in the format "
+            f'"{matrix.format}", which pads; build X as "coo", "csr" or "csc"'
+        )
+
+
 def from_dense(array: NDArray[Any], *, missing_values: float) -> Observations:
     """The entries of an (m, n) array that are not `missing_values` (NaN or a number)."""
-    observed = ~np.isnan(array) if np.isnan(missing_values) else array != missing_values
+    observed = ~_is_missing(array, missing_values)
     rows, columns = np.nonzero(observed)
     return _sorted(array.shape, rows, columns, _numbers(array[observed]), "error")
+
+
+def _is_missing(array: NDArray[Any], missing_values: float) -> NDArray[np.bool_]:
+    if np.isnan(missing_values):
+        absent: NDArray[np.bool_] = np.isnan(array)
+        return absent
+    marker: Any = missing_values
+    if array.dtype.kind == "f":
+        marker = np.asarray(missing_values).astype(array.dtype)  # as the array has it, rounded
+    missing: NDArray[np.bool_] = array == marker
+    return missing
+
+
+def frame_as_array(frame: Any, missing_values: float) -> NDArray[np.float64]:
+    """A pandas data frame as (m, n) with NaN for what is missing: NA, None, NaN, or `missing_values`.
+
+    Raises:
+        ValueError: for a column that is not numeric, or missing entries beside a number that stands for them.
+    """
+    result = np.empty(frame.shape)
+    for place, name in enumerate(frame.columns):
+        column = frame.iloc[:, place]
+        if getattr(column.dtype, "kind", "O") not in "iufb":
+            _refuse_text(column, name)
+        missing = column.isna().to_numpy()
+        if not np.isnan(missing_values):
+            if missing.any():
+                raise ValueError(
+                    f"observed entries must be finite numbers, got a missing one in column {name!r} beside "
+                    f"missing_values={missing_values!r}"
+                )
+            missing = _is_missing(np.asarray(column), missing_values)
+        result[:, place] = np.asarray(column.to_numpy(dtype=np.float64, na_value=np.nan))
+        result[missing, place] = np.nan
+    return result
+
+
+def _refuse_text(column: Any, name: object) -> None:
+    for value in column[column.notna()]:
+        try:
+            if not isinstance(value, str):
+                float(value)
+                continue
+        except (TypeError, ValueError):
+            pass
+        raise ValueError(f"columns must be numeric, got {type(value).__name__} {value!r} in column {name!r}")
 
 
 def _sorted(
@@ -197,14 +261,20 @@ def _indices(given: ArrayLike, name: str) -> NDArray[np.int64]:
         raise ValueError(f"{name} must be one-dimensional, got shape {index.shape}")
     if index.size == 0:
         return np.zeros(0, dtype=np.int64)
+    whole = index.dtype.kind in "iu"
     if index.dtype.kind == "f":
         wrong = index[~(np.isfinite(index) & (index == np.floor(index)))]
-    else:
-        wrong = index[: 0 if index.dtype.kind in "iu" else 1]
-    if len(wrong):
-        raise ValueError(f"{name} must be integers, got {wrong[0]!r} in an array of {index.dtype}")
+        if len(wrong):
+            raise ValueError(f"{name} must be integers, got {wrong[0]!r}")
+        whole = True
+    if not whole:
+        for value in index:
+            if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
+                raise ValueError(f"{name} must be integers, got {value!r}")
     if index.min() < 0:
         raise ValueError(f"{name} must be at least 0, got {index.min()}")
+    if index.max() >= 2**53:  # beyond, floats are no integers, and no matrix is that large
+        raise ValueError(f"{name} must be below 2**53, got {index.max()}")
     return index.astype(np.int64)
 
 
@@ -223,7 +293,7 @@ def _numbers(given: ArrayLike) -> NDArray[np.float64]:
 
 def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
     try:
-        m, n = (int(size) for size in shape)
+        m, n = (operator.index(size) for size in shape)
     except (TypeError, ValueError):
         raise ValueError(f"shape must be two integers (m, n), got shape={shape!r}") from None
     if m < 0 or n < 0:

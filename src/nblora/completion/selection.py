@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nblora.bounds import Schatten
 from nblora.completion import fitting
 from nblora.completion.entries import Entries
 from nblora.completion.fitting import Model, Problem, Watch
@@ -25,6 +24,9 @@ FIRST = 0.5  # of a path: share of the multiplier from which on Y is zero
 POINTS = 40  # of a path, at most
 PATIENCE = 2  # points without a better error before a path ends
 SWEEPS = 8  # at each point
+NEGLIGIBLE = 1e-4  # of a bound, over the norm of the leading part of the data
+BACKFITTINGS = 5  # of the row and column means, for the ridge on biases
+RESUMED = 2  # sweeps from a model that is nearly the solution
 SMALL = 0.05  # share of the largest singular value below which one does not count for the rank
 ROOM = 1.05  # a bound that nothing was gained from is given this much more, so that it does not act
 
@@ -179,16 +181,14 @@ def _point(problem: Problem, held_out: Entries, share: float, start: _Point, wat
     if start.largest > 0:  # else nothing is left to explain
         model = fitting.settle(problem, model, share * start.largest, watch, SWEEPS)
     radius = problem.norm.value(model.sigma).item()
-    # for the nuclear norm the two are the same
-    inside = problem.norm == Schatten(1.0) or not radius > 0
+    inside = fitting.solves(problem.norm) or not radius > 0
     judged = model if inside else fitting.descend(problem, model, radius, watch)
     return _Point(share, start.largest, radius, _errors(judged, problem, held_out), model)
 
 
 def _inside(problem: Problem, held_out: Entries, radius: float, start: _Point | None, watch: Watch) -> _Point:
     """The solution for a given bound."""
-    model = None if start is None else start.model.truncated(problem.k)
-    model, share, largest = solve(problem, radius, watch, model=model)
+    model, share, largest = solve(problem, radius, watch, share=0.1 if start is None else start.share)
     return _Point(share, largest, radius, _errors(model, problem, held_out), model)
 
 
@@ -197,55 +197,65 @@ def _errors(model: Model, problem: Problem, held_out: Entries) -> Tensor:
     return (held_out.products(left, right, minus=held_out.values - model.offset)).abs()
 
 
-def solve(
-    problem: Problem,
-    radius: float,
-    watch: Watch,
-    *,
-    model: Model | None = None,
-    share: float = 0.1,
-    largest: float | None = None,
-) -> tuple[Model, float, float]:
+def solve(problem: Problem, radius: float, watch: Watch, *, share: float = 0.1) -> tuple[Model, float, float]:
     """The model in a ball: alternating regressions towards its boundary, then L-BFGS inside.
 
     Args:
-        model: where to start; by default the leading part of the data.
-        share: the multiplier to start with, relative to `largest`.
-        largest: the multiplier from which on Y is zero; by default it is found, which takes some passes.
+        share: the multiplier to start with, relative to the one from which on Y is zero.
 
     Returns:
-        the model, the share at which the regressions ended, and `largest`.
+        the model, the share at which the regressions ended, and the multiplier from which on Y is zero.
     """
-    if model is None or largest is None:
-        start = fitting.spectral_start(problem, watch=watch)
-        largest = fitting.largest_multiplier(problem, start)
-        if model is None:
-            inside = problem.norm.project(start.sigma, start.sigma.new_tensor(radius))
-            model = start.with_spectrum(inside)
+    start = fitting.spectral_start(problem, watch)
+    largest = fitting.largest_multiplier(problem, start)
     if not largest > 0:  # nothing is left to explain: a constant, or biases alone
         zero = Model.zero(problem.entries, problem.k, centred=problem.ridge is not None)
         return zero, share, largest
+    if radius < NEGLIGIBLE * problem.norm.value(start.sigma).item():
+        return fitting.barely(problem, radius, watch), share, largest
+    inside = start.with_spectrum(problem.norm.project(start.sigma, start.sigma.new_tensor(radius)))
     smallest = fitting.SMALLEST_MULTIPLIER * largest
-    model, multiplier = fitting.approach(problem, radius, model, share * largest, smallest, watch)
+    model, multiplier = fitting.approach(problem, radius, inside, share * largest, smallest, watch)
     return fitting.descend(problem, model, radius, watch), multiplier / largest, largest
 
 
-def bias_ridge(entries: Entries) -> float:
-    """The ridge on a row's bias: variance of an entry within its row over that of the rows' means.
+def resume(
+    problem: Problem, radius: float, model: Model, share: float, largest: float, watch: Watch
+) -> tuple[Model, float, float]:
+    """As `solve`, from a model that is nearly the solution: few sweeps, at its multiplier, then L-BFGS."""
+    if not largest > 0 or not problem.norm.value(model.sigma).item() > NEGLIGIBLE * largest:
+        return solve(problem, radius, watch)
+    model = fitting.settle(problem, model, share * largest, watch, RESUMED)
+    return fitting.descend(problem, model, radius, watch), share, largest
 
-    The means' variance is what is left of it beyond chance (the moment estimator of a random effect); where
+
+def bias_ridge(entries: Entries) -> fitting.Ridge:
+    """The ridges on biases: variance of an entry beside its biases, over that of the rows' (columns') means.
+
+    The variance of means is what is left of it beyond chance (the moment estimator of a random effect); where
     nothing is left, the ridge is so large that biases are as good as switched off.
     """
-    counts = entries.row_counts.double()
-    filled = counts > 0
-    values = entries.values[:, None].double()
-    ones = values.new_ones(entries.shape[1], 1)
-    means = replace(entries, values=values[:, 0]).times_right(values[:, 0], ones)[:, 0] / counts.clamp(min=1)
-    total, groups = counts.sum().item(), int(filled.sum())
-    between = (counts * (means - values.mean()).square()).sum().item()
-    within = values.square().sum().item() - (counts * means.square()).sum().item()
-    if total <= groups or groups < 2:  # nothing tells a row's mean from an entry
-        return 1.0
-    noise = max(within, 0.0) / (total - groups)
-    spread = (between - (groups - 1) * noise) / (total - counts.square().sum().item() / total)
-    return float(np.clip(noise / spread, 1e-6, 1e8)) if spread > 0 else 1e8
+    sides = entries, entries.mT
+    values = entries.values.double()
+    values = values - values.mean()
+    counts = [side.row_counts.double() for side in sides]
+    filled = [int((count > 0).sum()) for count in counts]
+    free = len(entries) - sum(filled) + 1
+    if free <= 0 or min(filled) < 2:  # nothing tells a mean from an entry
+        return fitting.Ridge(1.0, 1.0)
+    row = [side.row_of_entry for side in sides]  # in each side's own order
+    row[1] = torch.empty_like(row[1]).index_copy_(0, entries.by_column.long(), row[1])
+    means = [values.new_zeros(len(count)) for count in counts]
+    for _ in range(BACKFITTINGS):  # least squares for both effects
+        for one, other in ((0, 1), (1, 0)):
+            rest = values - means[other][row[other]]
+            means[one] = values.new_zeros(len(counts[one])).index_add_(0, row[one], rest)
+            means[one] /= counts[one].clamp(min=1)
+    noise = (values - means[0][row[0]] - means[1][row[1]]).square().sum().item() / free
+    ridges = []
+    for mean, count, groups in zip(means, counts, filled):
+        between = (count * mean.square()).sum().item() - (count @ mean).item() ** 2 / len(entries)
+        size = len(entries) - count.square().sum().item() / len(entries)
+        spread = (between - (groups - 1) * noise) / size
+        ridges.append(min(max(noise / spread, 1e-6), 1e8) if spread > 0 else 1e8)
+    return fitting.Ridge(*ridges)
