@@ -53,19 +53,21 @@ class Entries:
 
     @property
     def row_of_entry(self) -> Tensor:
-        """(N,) the row of each, int64."""
-        rows = torch.arange(self.shape[0], device=self.columns.device)
+        """(N,) the row of each."""
+        rows = torch.arange(self.shape[0], dtype=self.columns.dtype, device=self.columns.device)
         return torch.repeat_interleave(rows, self.row_starts.diff())
 
     @cached_property
     def mT(self) -> Entries:
         """The entries of the transposed matrix, in their own order."""
         m, n = self.shape
-        rows = self.row_of_entry.to(self.columns.dtype)
         starts = torch.zeros(n + 1, dtype=torch.int64, device=self.columns.device)
         starts[1:] = torch.bincount(self.columns, minlength=n).cumsum(0)
         return Entries(
-            (n, m), self.values[self.by_column], rows[self.by_column], starts.to(self.columns.dtype)
+            (n, m),
+            self.values[self.by_column],
+            self.row_of_entry[self.by_column],
+            starts.to(self.columns.dtype),
         )
 
     def __len__(self) -> int:
@@ -76,13 +78,19 @@ class Entries:
         """(m,) entries of each row."""
         return self.row_starts.diff().to(self.values)
 
-    def products(self, left: Tensor, right: Tensor, minus: Tensor | None = None) -> Tensor:
-        """(N,) entries of left @ right.T, less those of `minus` (N,), for left (m, k) and right (n, k)."""
-        start = torch.zeros_like(self.values) if minus is None else minus
-        sampled: Tensor = torch.sparse.sampled_addmm(
-            self._sparse(start), left, right.mT, beta=0.0 if minus is None else -1.0
-        ).values()
-        return sampled
+    @cached_property
+    def _scratch(self) -> Tensor:
+        return self._sparse(torch.empty_like(self.values))
+
+    def products(self, left: Tensor, right: Tensor, *, less_values: bool = False) -> Tensor:
+        """(N,) entries of left @ right.T for left (m, k) and right (n, k), less `values` if asked for.
+
+        What is returned is overwritten by the next call: half the time would else go into new memory.
+        """
+        torch.sparse.sampled_addmm(
+            self._sparse(self.values), left, right.mT, beta=-1.0 if less_values else 0.0, out=self._scratch
+        )
+        return self._scratch.values()
 
     def times_right(self, values: Tensor, right: Tensor) -> Tensor:
         """(m, k): the sparse matrix with these values (N,) times right (n, k)."""
@@ -108,26 +116,32 @@ def torch_sparse() -> Iterator[None]:
 
 
 class HalfSquares(torch.autograd.Function):
-    """Half the sum of squares of left @ right.T - targets at the entries, with both gradients in one pass.
+    """Half the sum of squares of left @ right.T less the values at the entries, and its gradients.
 
     In float64, since a line search compares sums whose difference float32 does not show.
     """
 
     @staticmethod
-    def forward(ctx: Any, entries: Entries, targets: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        residual = entries.products(left, right, minus=targets)
+    def forward(ctx: Any, entries: Entries, left: Tensor, right: Tensor) -> Tensor:
+        residual = entries.products(left, right, less_values=True)
         ctx.entries = entries
-        ctx.save_for_backward(left, right, residual)
-        return residual.square().sum(dtype=torch.float64) / 2
+        ctx.save_for_backward(left, right)
+        ctx.residual = residual  # valid until the next pass, so backward comes before it
+        return squares(residual) / 2
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor]:
-        left, right, residual = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        left, right = ctx.saved_tensors
         entries: Entries = ctx.entries
-        residual = grad.to(residual.dtype) * residual
-        return (
-            None,
-            None,
-            entries.times_right(residual, right),
-            entries.transposed_times_left(residual, left),
-        )
+        residual = ctx.residual.mul_(grad.to(left.dtype))
+        return None, entries.times_right(residual, right), entries.transposed_times_left(residual, left)
+
+
+def squares(values: Tensor) -> Tensor:
+    """() the sum of squares of (N,), in float64, without another array as large."""
+    return (values @ values).double() if values.dtype == torch.float64 else _in_parts(values)
+
+
+def _in_parts(values: Tensor) -> Tensor:
+    parts = [part.double() for part in values.split(1 << 16)]
+    return torch.stack([part @ part for part in parts]).sum()

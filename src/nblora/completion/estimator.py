@@ -272,6 +272,7 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             self._say("fitting", watch)
             watch.curve.clear()
             problem = self._problem(standard, norm, k)
+            del standard
             if radius is None:  # too little data to hold any out
                 radius = _cautious_radius(problem, watch)
             if not radius > 0:

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from nblora.bounds import Norm, Schatten, Spectral
-from nblora.completion.entries import Entries, HalfSquares
+from nblora.completion.entries import Entries, HalfSquares, squares
 from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters, Parametrization, bounded_update, pull_back
 
 GRADIENT_STEPS = 2  # of conjugate gradients in each half of a sweep
 CHUNK = 10  # iterations of L-BFGS between two looks at its progress
-HISTORY = 20, 10  # pairs that L-BFGS keeps, for small problems and for large ones
-LARGE = 1_000_000  # free parameters
+HISTORY = 20, 8  # pairs that L-BFGS keeps, for small problems and for large ones
+LARGE = 100_000  # free parameters
 # Share of the ball that the start of L-BFGS fills at most. On the sphere gradients vanish, and what is
 # zero has no room to grow; but where sweeps have solved the very problem, nothing has to.
 SATURATION, SOLVED = 0.95, 0.9999
@@ -111,9 +111,11 @@ class Model:
         return replace(self, left=self.left * ratio, right=self.right * ratio, sigma=sigma)
 
     def factors(self, weights: Weights, *, biases: bool) -> tuple[Tensor, Tensor]:
-        """left (m, d) and right (n, d) of the model without its offset; d = k + 2 with biases."""
+        """left (m, d) and right (n, d), whose product is the model; d = k + 2 with biases."""
         return (
-            _widened(self.left * weights.row[:, None], self.row_bias if biases else None, last=True),
+            _widened(
+                self.left * weights.row[:, None], self.row_bias + self.offset if biases else None, last=True
+            ),
             _widened(self.right * weights.column[:, None], self.column_bias if biases else None, last=False),
         )
 
@@ -201,7 +203,7 @@ def refreshed(problem: Problem, model: Model, multiplier: float, watch: Watch) -
     left, right, sigma = model.left[:, alive], model.right[:, alive], model.sigma[alive]
     u, v = left / sigma.sqrt(), right / sigma.sqrt()
     factors = model.factors(weights, biases=problem.ridge is not None)
-    residual = -entries.products(*factors, minus=entries.values - model.offset)
+    residual = -entries.products(*factors, less_values=True)
     generator = torch.Generator().manual_seed(0)  # only the directions that the iteration starts in
     wide = min(missing + 5, m, n)  # a few more than asked for, so that the leading ones converge
     v_new = torch.randn(n, wide, generator=generator).to(residual)
@@ -268,15 +270,15 @@ def sweep(problem: Problem, model: Model, multiplier: float, watch: Watch) -> Mo
     pull = multiplier * _pull(problem.norm, model.sigma)
     on_row, on_column = (None, None) if ridge is None else ridge
     rows = _Side(entries, pull / weights.row.square()[:, None], on_row)
-    left, row_bias, offset, squares = rows.improved(left, row_bias, right, column_bias, offset)
+    left, row_bias, offset, error = rows.improved(left, row_bias, right, column_bias, offset)
     if ridge is not None:
         for on_bias, bias in zip(ridge, (model.row_bias, model.column_bias)):
-            squares += on_bias * bias.square().sum().item()
+            error += on_bias * bias.square().sum().item()
     columns = _Side(entries.mT, pull / weights.column.square()[:, None], on_column)
     right, column_bias, offset, _ = columns.improved(right, column_bias, left, row_bias, offset)
     watch.iterations += 1
     watch.evaluations += 2 * (1 + GRADIENT_STEPS)
-    watch.passed(squares / 2 / len(entries))
+    watch.passed(error / 2 / len(entries))
     update = LowRank(left / weights.row[:, None], (right / weights.column[:, None]).mT)
     return Model.balanced(update, row_bias, column_bias, offset)
 
@@ -298,19 +300,20 @@ class _Side(NamedTuple):
         entries, k = self.entries, left.shape[1]
         if self.ridge_on_bias is None:
             unknown, design, penalty = left, right, self.ridge
-            residual = entries.products(left, right, minus=entries.values)
+            residual = entries.products(left, right, less_values=True)
         else:
             unknown = torch.cat([left, row_bias[:, None]], dim=1)
             design = torch.cat([right, torch.ones_like(column_bias)[:, None]], dim=1)
             penalty = torch.nn.functional.pad(self.ridge, (0, 1), value=self.ridge_on_bias)
             residual = entries.products(
-                _widened(left, row_bias, last=True),
+                _widened(left, row_bias + offset, last=True),
                 _widened(right, column_bias, last=False),
-                minus=entries.values - offset,
+                less_values=True,
             )
             shift = residual.mean()
-            offset, residual = offset - shift, residual - shift
-        squares = residual.square().sum().item()
+            offset = offset - shift
+            residual -= shift
+        error = squares(residual).item()
         # of the curvature, the diagonal, with the average column in place of those that a row has
         average = (entries.mT.row_counts @ design.square()) / len(entries)
         diagonal = penalty + entries.row_counts[:, None] * average
@@ -330,8 +333,8 @@ class _Side(NamedTuple):
                 ratio = torch.where(power > 0, next_power / torch.where(power > 0, power, 1.0), 0.0)
                 direction, power = ratio * direction - scaled, next_power
         if self.ridge_on_bias is None:
-            return unknown, row_bias, offset, squares
-        return unknown[:, :k], unknown[:, k].contiguous(), offset, squares
+            return unknown, row_bias, offset, error
+        return unknown[:, :k], unknown[:, k].contiguous(), offset, error
 
 
 def barely(problem: Problem, radius: float, watch: Watch) -> Model:
@@ -459,11 +462,10 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
         left = (update.left * weights.row[:, None]).contiguous()
         right = (update.right.mT * weights.column[:, None]).contiguous()
         if problem.ridge is None:
-            objective = HalfSquares.apply(entries, entries.values, left, right)
+            objective = HalfSquares.apply(entries, left, right)
         else:
             objective = HalfSquares.apply(
                 entries,
-                entries.values,
                 _widened(left, row_bias + offset, last=True),
                 _widened(right, column_bias, last=False),
             )

@@ -16,6 +16,7 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
+Index = NDArray[np.int32] | NDArray[np.int64]
 Duplicates = Literal["error", "mean"]
 _NAMED = 3  # so many of the offending entries are named in an error
 
@@ -26,14 +27,13 @@ class Observations:
 
     Attributes:
         shape: (m, n).
-        rows: (N,) int64, 0 <= row < m.
-        columns: (N,) int64, 0 <= column < n.
+        rows: (N,), 0 <= row < m, and columns: (N,), 0 <= column < n; int32 where that is enough, else int64.
         values: (N,) float64, finite.
     """
 
     shape: tuple[int, int]
-    rows: NDArray[np.int64]
-    columns: NDArray[np.int64]
+    rows: Index
+    columns: Index
     values: NDArray[np.float64]
 
     def __len__(self) -> int:
@@ -47,7 +47,8 @@ class Observations:
 
     def row_starts(self) -> NDArray[np.int64]:
         """(m + 1,) where the entries of each row begin."""
-        return np.searchsorted(self.rows, np.arange(self.shape[0] + 1))
+        counts = np.bincount(self.rows, minlength=self.shape[0])
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
     def updated(self, new: Observations) -> Observations:
         """These and the new ones, which count where both have an entry; the shape is the larger one's."""
@@ -93,9 +94,7 @@ def from_coordinates(
     return _sorted((m, n), row, column, value, duplicates)
 
 
-def from_places(
-    rows: ArrayLike, columns: ArrayLike, shape: tuple[int, int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def from_places(rows: ArrayLike, columns: ArrayLike, shape: tuple[int, int]) -> tuple[Index, Index]:
     """Checked indices (N,) of places in a matrix of this shape, in the order given, repeats allowed."""
     row, column = _indices(rows, "rows"), _indices(columns, "cols")
     if len(row) != len(column):
@@ -104,7 +103,7 @@ def from_places(
     return row, column
 
 
-def _refuse_beyond(rows: NDArray[np.int64], columns: NDArray[np.int64], shape: tuple[int, int]) -> None:
+def _refuse_beyond(rows: Index, columns: Index, shape: tuple[int, int]) -> None:
     for name, index, size in zip(("rows", "cols"), (rows, columns), shape):
         if len(index) and index.max() >= size:
             raise ValueError(f"{name} must be below {size}, the size in shape={shape}, got {index.max()}")
@@ -210,8 +209,8 @@ def _refuse_text(column: Any, name: object) -> None:
 
 def _sorted(
     shape: tuple[int, ...],
-    rows: NDArray[np.int64],
-    columns: NDArray[np.int64],
+    rows: Index,
+    columns: Index,
     values: NDArray[np.float64],
     duplicates: Duplicates,
 ) -> Observations:
@@ -223,10 +222,15 @@ def _sorted(
             "observed entries must be finite numbers, got "
             + _listed([f"{values[i]} at ({rows[i]}, {columns[i]})" for i in at[:_NAMED]], len(at))
         )
-    steps = np.diff(rows), np.diff(columns)
-    if not np.all((steps[0] > 0) | ((steps[0] == 0) & (steps[1] > 0))):
+    small = max(shape) < 2**31
+    rows, columns = (index.astype(np.int32 if small else np.int64, copy=False) for index in (rows, columns))
+    later = rows[1:] > rows[:-1]
+    later |= (rows[1:] == rows[:-1]) & (columns[1:] > columns[:-1])
+    if not later.all():
         order = np.lexsort((columns, rows))
         rows, columns, values = rows[order], columns[order], values[order]
+    else:  # the caller may change what is its own
+        rows, columns, values = rows.copy(), columns.copy(), values.copy()
     repeats = _repeats(rows, columns)
     if repeats.any():
         if duplicates != "mean":
@@ -240,13 +244,13 @@ def _sorted(
         counts = np.diff(np.append(starts, len(values)))
         rows, columns = rows[starts], columns[starts]
         values = np.add.reduceat(values, starts) / counts
-    return Observations((m, n), rows.astype(np.int64), columns.astype(np.int64), values.astype(np.float64))
+    return Observations((m, n), rows, columns, values)
 
 
-def _repeats(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _repeats(rows: Index, columns: Index) -> NDArray[np.bool_]:
     """(N,) whether a sorted entry has the coordinates of the one before."""
     repeats = np.zeros(len(rows), dtype=bool)
-    repeats[1:] = (np.diff(rows) == 0) & (np.diff(columns) == 0)
+    repeats[1:] = (rows[1:] == rows[:-1]) & (columns[1:] == columns[:-1])
     return repeats
 
 
@@ -255,7 +259,7 @@ def _listed(examples: list[str], count: int) -> str:
     return ", ".join(examples) + more
 
 
-def _indices(given: ArrayLike, name: str) -> NDArray[np.int64]:
+def _indices(given: ArrayLike, name: str) -> Index:
     index = np.asarray(given)
     if index.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {index.shape}")
@@ -275,6 +279,8 @@ def _indices(given: ArrayLike, name: str) -> NDArray[np.int64]:
         raise ValueError(f"{name} must be at least 0, got {index.min()}")
     if index.max() >= 2**53:  # beyond, floats are no integers, and no matrix is that large
         raise ValueError(f"{name} must be below 2**53, got {index.max()}")
+    if index.dtype in (np.int32, np.int64):
+        return index
     return index.astype(np.int64)
 
 
@@ -283,7 +289,7 @@ def _numbers(given: ArrayLike) -> NDArray[np.float64]:
     if values.dtype.kind == "c":
         raise ValueError("values must be real numbers, got complex data: Complex data not supported")
     try:
-        numbers: NDArray[np.float64] = values.astype(np.float64)
+        numbers: NDArray[np.float64] = values.astype(np.float64, copy=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"values must be numbers, got an array of {values.dtype}: {error}") from None
     if numbers.ndim != 1:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nblora.completion import fitting
-from nblora.completion.entries import Entries
+from nblora.completion.entries import Entries, squares
 from nblora.completion.fitting import Model, Problem, Watch
 
 FALL = 0.6  # of the multiplier from one point of a path to the next
@@ -194,7 +194,7 @@ def _inside(problem: Problem, held_out: Entries, radius: float, start: _Point | 
 
 def _errors(model: Model, problem: Problem, held_out: Entries) -> Tensor:
     left, right = model.factors(problem.weights, biases=problem.ridge is not None)
-    return (held_out.products(left, right, minus=held_out.values - model.offset)).abs()
+    return held_out.products(left, right, less_values=True).abs()
 
 
 def solve(problem: Problem, radius: float, watch: Watch, *, share: float = 0.1) -> tuple[Model, float, float]:
@@ -236,25 +236,26 @@ def bias_ridge(entries: Entries) -> fitting.Ridge:
     nothing is left, the ridge is so large that biases are as good as switched off.
     """
     sides = entries, entries.mT
-    values = entries.values.double()
-    values = values - values.mean()
-    counts = [side.row_counts.double() for side in sides]
+    counts = [side.row_counts for side in sides]
     filled = [int((count > 0).sum()) for count in counts]
     free = len(entries) - sum(filled) + 1
     if free <= 0 or min(filled) < 2:  # nothing tells a mean from an entry
         return fitting.Ridge(1.0, 1.0)
-    row = [side.row_of_entry for side in sides]  # in each side's own order
-    row[1] = torch.empty_like(row[1]).index_copy_(0, entries.by_column.long(), row[1])
-    means = [values.new_zeros(len(count)) for count in counts]
+    ones = torch.ones_like(entries.values)
+    centre = entries.values.mean()
+    means = [torch.zeros_like(count) for count in counts]
     for _ in range(BACKFITTINGS):  # least squares for both effects
         for one, other in ((0, 1), (1, 0)):
-            rest = values - means[other][row[other]]
-            means[one] = values.new_zeros(len(counts[one])).index_add_(0, row[one], rest)
-            means[one] /= counts[one].clamp(min=1)
-    noise = (values - means[0][row[0]] - means[1][row[1]]).square().sum().item() / free
+            summed = sides[one].times_right(sides[one].values, torch.ones_like(means[other])[:, None])
+            explained = sides[one].times_right(ones, means[other][:, None])
+            means[one] = (summed - explained)[:, 0] / counts[one].clamp(min=1) - centre
+    left = torch.stack([means[0] + centre, torch.ones_like(means[0])], dim=1)
+    right = torch.stack([torch.ones_like(means[1]), means[1]], dim=1)
+    noise = squares(entries.products(left, right, less_values=True)).item() / free
     ridges = []
     for mean, count, groups in zip(means, counts, filled):
-        between = (count * mean.square()).sum().item() - (count @ mean).item() ** 2 / len(entries)
+        mean, count = mean.double(), count.double()
+        between = (count @ mean.square()).item() - (count @ mean).item() ** 2 / len(entries)
         size = len(entries) - count.square().sum().item() / len(entries)
         spread = (between - (groups - 1) * noise) / size
         ridges.append(min(max(noise / spread, 1e-6), 1e8) if spread > 0 else 1e8)
