@@ -7,6 +7,7 @@ import numbers
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -123,6 +124,7 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     _k: int
     _share: float
     _largest: float
+    _biased: bool
     _made_once: dict[str, Any]  # what only new rows need
 
     on_progress: Callable[[str, float], None] | None = None
@@ -445,12 +447,13 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return splits
 
     def _last_model(self, problem: Problem, unit: float, centre: float) -> Model:
-        """The last solution in the units of this problem; new rows and columns start at zero."""
+        """The last solution in the units of this problem; what is new in rows, columns and rank is zero."""
         (m, n), k = problem.entries.shape, problem.k
+        biased = problem.ridge is not None
         like = problem.entries.values
 
         def padded(array: Any, length: int) -> torch.Tensor:
-            old = torch.as_tensor(array).to(like)
+            old = torch.as_tensor(array).to(like)[:length]
             result = like.new_zeros(length, *old.shape[1:])
             result[: len(old)] = old
             return result
@@ -459,9 +462,9 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         right = padded(padded(self.components_, k).T, n) / problem.weights.column[:, None]
         return Model.balanced(
             LowRank(left, right.mT),
-            padded(self.row_bias_, m) / unit,
-            padded(self.column_bias_, n) / unit,
-            like.new_tensor((self.offset_ - centre) / unit),
+            padded(self.row_bias_, m) / unit * biased,
+            padded(self.column_bias_, n) / unit * biased,
+            like.new_tensor((self.offset_ - centre) / unit * biased),
         )
 
     def _store(self, problem: Problem, model: Model, radius: float, unit: float, centre: float) -> None:
@@ -490,7 +493,7 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.singular_values_ = (sigma * unit).numpy()
         self.rank_ = int(kept.sum())
         self.bound_ = float(radius * unit)
-        biased = problem.ridge is not None
+        self._biased = biased = problem.ridge is not None
         self.row_bias_ = row_bias[:, 0].numpy() * unit
         self.column_bias_ = column_bias[:, 0].numpy() * unit
         self.offset_ = float(model.offset) * unit + centre if biased else 0.0
@@ -642,14 +645,14 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _design(self) -> tuple[Array, Array]:
         """(n, d) factors of the columns, and (n,) what every row has; the coefficients of rows are (m, d)."""
         design = self.components_.T.astype(np.float64)
-        if self.bias == "joint":
+        if self._biased:
             design = np.concatenate([design, np.ones((len(design), 1))], axis=1)
         return design, self.column_bias_ + self.offset_
 
     def _row_coefficients(self) -> Array:
         """(m, d) of the fitted rows."""
         left: Array = self.row_factors_.astype(np.float64)
-        if self.bias == "joint":
+        if self._biased:
             left = np.concatenate([left, self.row_bias_[:, None]], axis=1)
         return left
 
@@ -724,7 +727,7 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             filled = np.diff(observed.row_starts()) > 0
             coefficients = self._row_coefficients()
             residual = observed.values - self._values(coefficients, observed.rows, observed.columns)
-            free = (self.rank_ + (self.bias == "joint")) * sum(observed.shape)
+            free = (self.rank_ + self._biased) * sum(observed.shape)
             noise = float(residual @ residual) / max(len(residual) - free, len(residual) / 10)
             if self.validation_rmse_ is not None:
                 noise = max(noise, self.validation_rmse_**2)
@@ -765,6 +768,7 @@ def _cautious_radius(problem: Problem, watch: Watch) -> float:
     largest = fitting.largest_multiplier(problem, model)
     if not largest > 0:
         return 0.0
+    problem = replace(problem, size=float(problem.norm.value(model.sigma)))
     model = fitting.settle(problem, model, 0.1 * largest, watch, selection.SWEEPS)
     return float(problem.norm.value(model.sigma))
 

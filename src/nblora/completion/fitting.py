@@ -46,6 +46,11 @@ class Weights:
     row: Tensor
     column: Tensor
 
+    @property
+    def mT(self) -> Weights:
+        """Of the transposed matrix."""
+        return Weights(self.column, self.row)
+
     @staticmethod
     def ones(entries: Entries) -> Weights:
         m, n = entries.shape
@@ -100,6 +105,11 @@ class Model:
         root = sigma.sqrt()
         return Model(u * root, v * root, sigma, row_bias, column_bias, offset)
 
+    @property
+    def mT(self) -> Model:
+        """Of the transposed matrix."""
+        return Model(self.right, self.left, self.sigma, self.column_bias, self.row_bias, self.offset)
+
     def truncated(self, k: int) -> Model:
         """With the k largest singular values."""
         return replace(self, left=self.left[:, :k], right=self.right[:, :k], sigma=self.sigma[:k])
@@ -141,6 +151,7 @@ class Problem:
         ridge: on biases; None for none, not even an offset.
         max_iter: sweeps, and iterations of L-BFGS, at most so many each.
         tol: a solver stops where an iteration improves the squared error by less than this share of it.
+        size: about the norm that Y will have; see `sweep`.
     """
 
     entries: Entries
@@ -151,6 +162,7 @@ class Problem:
     ridge: Ridge | None
     max_iter: int
     tol: float
+    size: float = 1.0
 
 
 class Watch:
@@ -249,38 +261,56 @@ def largest_multiplier(problem: Problem, start: Model) -> float:
     return dual.value(start.sigma).item() * len(problem.entries) / (m * n)
 
 
-def _pull(norm: Norm, sigma: Tensor) -> Tensor:
-    """(k,) the gradient of the norm by the singular values: 1 for the nuclear norm."""
-    if not isinstance(norm, Schatten) or norm.p == 1 or not bool(sigma[0] > 0):
+def _pull(problem: Problem, sigma: Tensor) -> Tensor:
+    """(k,) what a multiplier of 1 pulls each singular value with: see `sweep`."""
+    norm = problem.norm
+    if not isinstance(norm, Schatten) or norm.p == 1:
         return torch.ones_like(sigma)
-    pull: Tensor = (sigma / norm.value(sigma)) ** (norm.p - 1)
-    return pull.clamp(min=1e-4)  # a little, so that no regression is singular
+    pull: Tensor = (sigma / problem.size).clamp(max=1e3) ** min(norm.p - 1, 10.0)
+    return pull.clamp(min=1e-6)  # a little, so that no regression is singular
 
 
 @torch.no_grad()
 def sweep(problem: Problem, model: Model, multiplier: float, watch: Watch) -> Model:
     """Ridge regressions of all rows and then of all columns, X and biases together.
 
-    With balanced factors the ridge multiplier * sum_j w_j (||left_j||^2 + ||right_j||^2) / 2 has the
-    gradient of multiplier * norm(Y) where the weights w are the gradient of the norm by the singular values.
+    What is minimised beside the squared error is multiplier * sum_j sigma_j^p / (p size^(p-1)), whose
+    gradient is that of multiplier * norm(Y) where the norm is `size`. With balanced factors the ridge sum_j
+    w_j (||left_j||^2 + ||right_j||^2) / 2 has that gradient for w_j = multiplier * (sigma_j / size)^(p-1).
     """
-    entries, weights, ridge = problem.entries, problem.weights, problem.ridge
-    left, right = model.left * weights.row[:, None], model.right * weights.column[:, None]
-    row_bias, column_bias, offset = model.row_bias, model.column_bias, model.offset
-    pull = multiplier * _pull(problem.norm, model.sigma)
-    on_row, on_column = (None, None) if ridge is None else ridge
-    rows = _Side(entries, pull / weights.row.square()[:, None], on_row)
-    left, row_bias, offset, error = rows.improved(left, row_bias, right, column_bias, offset)
-    if ridge is not None:
-        for on_bias, bias in zip(ridge, (model.row_bias, model.column_bias)):
+    error = 0.0
+    if problem.ridge is not None:
+        for on_bias, bias in zip(problem.ridge, (model.row_bias, model.column_bias)):
             error += on_bias * bias.square().sum().item()
-    columns = _Side(entries.mT, pull / weights.column.square()[:, None], on_column)
-    right, column_bias, offset, _ = columns.improved(right, column_bias, left, row_bias, offset)
+    model, squared = _half(problem, problem.entries, model, multiplier)
+    # the columns' half is the rows' half of the transposed
+    ridge = None if problem.ridge is None else Ridge(*problem.ridge[::-1])
+    flipped = replace(problem, weights=problem.weights.mT, ridge=ridge)
+    model = _half(flipped, problem.entries.mT, model.mT, multiplier)[0].mT
     watch.iterations += 1
     watch.evaluations += 2 * (1 + GRADIENT_STEPS)
-    watch.passed(error / 2 / len(entries))
-    update = LowRank(left / weights.row[:, None], (right / weights.column[:, None]).mT)
-    return Model.balanced(update, row_bias, column_bias, offset)
+    watch.passed((error + squared) / 2 / len(problem.entries))
+    return model
+
+
+def _half(problem: Problem, entries: Entries, model: Model, multiplier: float) -> tuple[Model, float]:
+    """The regressions of the rows, and the squared error before."""
+    weights = problem.weights
+    pull = multiplier * _pull(problem, model.sigma)
+    side = _Side(
+        entries,
+        pull / weights.row.square()[:, None],
+        None if problem.ridge is None else problem.ridge.row,
+    )
+    left, row_bias, offset, squared = side.improved(
+        model.left * weights.row[:, None],
+        model.row_bias,
+        model.right * weights.column[:, None],
+        model.column_bias,
+        model.offset,
+    )
+    update = LowRank(left / weights.row[:, None], model.right.mT)
+    return Model.balanced(update, row_bias, model.column_bias, offset), squared
 
 
 class _Side(NamedTuple):
@@ -406,7 +436,7 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
     """Train the free parameters of the bounded parametrization, from a model anywhere.
 
     Args:
-        model: where to start, not zero; its spectrum is projected onto the ball first.
+        model: where to start; its spectrum is projected onto the ball first.
         radius: of the ball, > 0.
 
     Returns:
@@ -414,7 +444,10 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
     """
     entries, weights, norm, k = problem.entries, problem.weights, problem.norm, problem.k
     m, n = entries.shape
-    radius = min(radius, ROOMY * norm.value(model.sigma).item())
+    size = norm.value(model.sigma).item()
+    if not size > 0:  # nothing is left for Y to explain
+        return model
+    radius = min(radius, ROOMY * size)
     ball = torch.as_tensor(radius, dtype=entries.values.dtype, device=entries.values.device)
     start = model.with_spectrum(norm.project(model.sigma, (SOLVED if solves(norm) else SATURATION) * ball))
     free = pull_back(
@@ -438,8 +471,8 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
     biases: list[Tensor] = []
     if problem.ridge is not None:
         biases = [
-            (bias / size).clone().requires_grad_()
-            for bias, size in zip((model.row_bias, model.column_bias, model.offset), sizes)
+            (bias / own).clone().requires_grad_()
+            for bias, own in zip((model.row_bias, model.column_bias, model.offset), sizes)
         ]
 
     def state() -> tuple[LowRank, Tensor, Tensor, Tensor]:
@@ -451,7 +484,7 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
         )
         if not biases:
             return update, model.row_bias, model.column_bias, model.offset
-        row_bias, column_bias, offset = (size * bias for bias, size in zip(biases, sizes))
+        row_bias, column_bias, offset = (own * bias for bias, own in zip(biases, sizes))
         return update, row_bias, column_bias, offset
 
     seen: list[float] = []  # what L-BFGS returns is the loss before its steps

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nblora.bounds import Schatten
 from nblora.completion import fitting
 from nblora.completion.entries import Entries, squares
 from nblora.completion.fitting import Model, Problem, Watch
@@ -27,7 +28,10 @@ SWEEPS = 8  # at each point
 NEGLIGIBLE = 1e-4  # of a bound, over the norm of the leading part of the data
 BACKFITTINGS = 5  # of the row and column means, for the ridge on biases
 RESUMED = 2  # sweeps from a model that is nearly the solution
-SMALL = 0.05  # share of the largest singular value below which one does not count for the rank
+SMALL = 0.05, 0.1, 0.2, 0.4  # shares of the largest singular value; those above count for a rank to try
+GAIN = 5e-4  # relative: less is no better error
+HOPELESS = 1.1  # times the best error, at the start of a path
+WORSE = 1.02  # times the best error: larger ranks are not tried then
 ROOM = 1.05  # a bound that nothing was gained from is given this much more, so that it does not act
 
 
@@ -68,10 +72,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Point:
-    """What one split gave at one multiplier, which is `share` of the `largest` of the split."""
+    """What one split gave at one multiplier, which is `share` of the `largest` of the split.
+
+    `size` is that of the problem, for all points of a path.
+    """
 
     share: float
     largest: float
+    size: float
     radius: float
     errors: Tensor
     model: Model
@@ -81,10 +89,6 @@ class _Point:
 class _Tried:
     candidate: Candidate
     points: tuple[_Point, ...]
-
-    @property
-    def rmse(self) -> float:
-        return self.candidate.rmse
 
     @staticmethod
     def of(k: int, points: Sequence[_Point]) -> _Tried:
@@ -102,36 +106,90 @@ class _Tried:
 def select(splits: Sequence[Split], *, two_stage: bool, radius: float | None, watch: Watch) -> Selection:
     """Choose the bound (unless it is given), and in two stages the rank too.
 
-    The second stage: singular values above 5 % of the largest are counted, and the path is followed at that
-    rank. In the end the bound is refined between the points of the path.
+    Singular values of the nuclear solution that predicts best are counted: those above some shares of the
+    largest. At each count, from the smallest on, bounds are tried again, as long as that helps. Then
+    neighbours of the best rank and bound are tried.
 
     Args:
         splits: at least one, all of one rank k, norm and matrix.
         two_stage: whether ranks below k may be chosen.
         radius: the bound, or None to choose it.
     """
-    k = splits[0].problem.k
-    tried = _at_rank(splits, k, radius, None, watch)
-    best = min(tried, key=lambda one: one.rmse)
+    k, norm = splits[0].problem.k, splits[0].problem.norm
+    nuclear = Schatten(1.0)
+    first: list[_Tried] = []
+    if two_stage or norm == nuclear:
+        convex = [replace(split, problem=replace(split.problem, norm=nuclear)) for split in splits]
+        first = _at_rank(convex, k, radius if norm == nuclear else None, None, watch)
+    ranks = _counts(min(first, key=_error)) if two_stage else []
+    if norm == nuclear:
+        tried, starts = list(first), min(first, key=_error).points
+        ranks = [rank for rank in ranks if rank < k]
+    else:
+        tried, starts = [], None
+        ranks = sorted({*ranks, k})
+    lowest = float("inf")
+    for rank in ranks:
+        hopeless = HOPELESS * min(map(_error, tried), default=float("inf"))
+        found = _at_rank(splits, rank, radius, starts, watch, hopeless)
+        tried += found
+        error = min(map(_error, found))
+        if error > WORSE * lowest:
+            break
+        lowest = min(lowest, error)
+    best = min(tried, key=_error)
     if two_stage:
-        count = min(_count(point.model.sigma) for point in best.points)
-        if 0 < count < k:
-            tried = [*tried, *_at_rank(splits, count, radius, best.points, watch)]
-            best = min(tried, key=lambda one: one.rmse)
+        best = _neighbour_ranks(splits, best, tried, k, radius, watch)
     if radius is None:
-        middle = best.candidate
-        for factor in (FALL**0.5, FALL**-0.5):
-            points = [
-                _point(replace(split.problem, k=middle.k), split.held_out, factor * old.share, old, watch)
-                for split, old in zip(splits, best.points)
-            ]
-            tried.append(_Tried.of(middle.k, points))
-        best = min(tried, key=lambda one: one.rmse)
+        shares = [best.points[0].share * factor for factor in (FALL**0.5, FALL**-0.5)]
+        tried += [_again(splits, best, best.candidate.k, share, None, watch) for share in shares]
+        best = min(tried, key=_error)
     return Selection(best.candidate, tuple(one.candidate for one in tried))
 
 
-def _count(sigma: Tensor) -> int:
-    return int((sigma > SMALL * sigma[0]).sum()) if sigma[0] > 0 else 0
+def _error(tried: _Tried) -> float:
+    return tried.candidate.rmse
+
+
+def _counts(best: _Tried) -> list[int]:
+    """Ranks worth a try, ascending: singular values above some shares of the largest."""
+    counts = set()
+    for share in SMALL:
+        for point in best.points:
+            sigma = point.model.sigma
+            counts.add(int((sigma > share * sigma[0]).sum()) if sigma[0] > 0 else 0)
+    return sorted(counts - {0})
+
+
+def _neighbour_ranks(
+    splits: Sequence[Split], best: _Tried, tried: list[_Tried], k: int, radius: float | None, watch: Watch
+) -> _Tried:
+    """Walk to ranks one less, or one more, as long as the error falls."""
+    for step in (-1, 1):
+        while 1 <= best.candidate.k + step <= k:
+            rank = best.candidate.k + step
+            if any(one.candidate.k == rank for one in tried) and rank in (1, k):
+                break
+            next_one = _again(splits, best, rank, best.points[0].share, radius, watch)
+            tried.append(next_one)
+            if not _error(next_one) < (1 - GAIN) * _error(best):
+                break
+            best = next_one
+    return best
+
+
+def _again(
+    splits: Sequence[Split], near: _Tried, rank: int, share: float, radius: float | None, watch: Watch
+) -> _Tried:
+    """One candidate from a near one: at a rank, and a share of the multiplier unless the bound is given."""
+    points = []
+    for split, old in zip(splits, near.points):
+        problem = replace(split.problem, k=rank)
+        if radius is None:
+            points.append(_point(problem, split.held_out, share, old, watch))
+        else:
+            points.append(_inside(problem, split.held_out, radius, old, watch))
+    return _Tried.of(rank, points)
 
 
 def _at_rank(
@@ -140,26 +198,38 @@ def _at_rank(
     radius: float | None,
     starts: Sequence[_Point] | None,
     watch: Watch,
+    hopeless: float = float("inf"),
 ) -> list[_Tried]:
-    """What was tried at rank k: a path of bounds, as far as all splits went, or the given bound alone."""
+    """What was tried at rank k: a path of bounds, as far as all splits went, or the given bound alone.
+
+    Args:
+        starts: where paths start; by default at a small bound.
+        hopeless: error that ends a path which is not below it after some points.
+    """
     paths = []
     for place, split in enumerate(splits):
         problem = replace(split.problem, k=k)
         start = None if starts is None else starts[place]
         if radius is None:
-            paths.append(_path(problem, split.held_out, start, watch))
+            paths.append(_path(problem, split.held_out, start, watch, hopeless))
         else:
             paths.append([_inside(problem, split.held_out, radius, start, watch)])
     return [_Tried.of(k, points) for points in zip(*paths)]
 
 
-def _path(problem: Problem, held_out: Entries, start: _Point | None, watch: Watch) -> list[_Point]:
+def _path(
+    problem: Problem, held_out: Entries, start: _Point | None, watch: Watch, hopeless: float
+) -> list[_Point]:
     """Solutions for falling multipliers until the held-out error does not fall any more."""
     if start is None:
         model = fitting.spectral_start(problem, watch)
         largest = fitting.largest_multiplier(problem, model)
+        size = problem.norm.value(model.sigma).item()
+        first = FIRST
+        if problem.norm != Schatten(1.0) and fitting.solves(problem.norm):
+            first *= 20  # of these norms no multiplier makes Y quite zero
         lower = (model.sigma - FIRST * model.sigma[0]).clamp(min=0)
-        start = _Point(FIRST, largest, 0.0, held_out.values, model.with_spectrum(lower))
+        start = _Point(first, largest, size, 0.0, held_out.values, model.with_spectrum(lower))
     share, last = start.share, start
     points: list[_Point] = []
     best, waited = float("inf"), 0
@@ -167,9 +237,11 @@ def _path(problem: Problem, held_out: Entries, start: _Point | None, watch: Watc
         last = _point(problem, held_out, share, last, watch)
         points.append(last)
         rmse = last.errors.square().mean().sqrt().item()
-        waited = 0 if rmse < best * (1 - 1e-4) else waited + 1
+        waited = 0 if rmse < best * (1 - GAIN) else waited + 1
         best = min(best, rmse)
         if waited > PATIENCE or share < fitting.SMALLEST_MULTIPLIER:
+            break
+        if len(points) > PATIENCE and best > hopeless:
             break
         share *= FALL
     return points
@@ -177,19 +249,20 @@ def _path(problem: Problem, held_out: Entries, start: _Point | None, watch: Watc
 
 def _point(problem: Problem, held_out: Entries, share: float, start: _Point, watch: Watch) -> _Point:
     """The solution for one multiplier, and in the ball that it touches."""
+    problem = replace(problem, size=start.size)
     model = start.model.truncated(problem.k)
     if start.largest > 0:  # else nothing is left to explain
         model = fitting.settle(problem, model, share * start.largest, watch, SWEEPS)
     radius = problem.norm.value(model.sigma).item()
     inside = fitting.solves(problem.norm) or not radius > 0
     judged = model if inside else fitting.descend(problem, model, radius, watch)
-    return _Point(share, start.largest, radius, _errors(judged, problem, held_out), model)
+    return _Point(share, start.largest, start.size, radius, _errors(judged, problem, held_out), model)
 
 
 def _inside(problem: Problem, held_out: Entries, radius: float, start: _Point | None, watch: Watch) -> _Point:
     """The solution for a given bound."""
     model, share, largest = solve(problem, radius, watch, share=0.1 if start is None else start.share)
-    return _Point(share, largest, radius, _errors(model, problem, held_out), model)
+    return _Point(share, largest, radius, radius, _errors(model, problem, held_out), model)
 
 
 def _errors(model: Model, problem: Problem, held_out: Entries) -> Tensor:
@@ -206,6 +279,7 @@ def solve(problem: Problem, radius: float, watch: Watch, *, share: float = 0.1) 
     Returns:
         the model, the share at which the regressions ended, and the multiplier from which on Y is zero.
     """
+    problem = replace(problem, size=radius)
     start = fitting.spectral_start(problem, watch)
     largest = fitting.largest_multiplier(problem, start)
     if not largest > 0:  # nothing is left to explain: a constant, or biases alone
@@ -225,6 +299,7 @@ def resume(
     """As `solve`, from a model that is nearly the solution: few sweeps, at its multiplier, then L-BFGS."""
     if not largest > 0 or not problem.norm.value(model.sigma).item() > NEGLIGIBLE * largest:
         return solve(problem, radius, watch)
+    problem = replace(problem, size=radius)
     model = fitting.settle(problem, model, share * largest, watch, RESUMED)
     return fitting.descend(problem, model, radius, watch), share, largest
 
