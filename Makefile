@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 # are installed apart and only their own tests see them.
 APART := $(VENV)/apart
 
-.PHONY: help setup chromium demo test test-all conformance check format bench-speed bench-speed-full bench-speed-gpu bench-forgetting bench-forgetting-quick clean
+.PHONY: help setup chromium demo test test-all conformance check format bench-speed bench-speed-full bench-speed-gpu bench-forgetting bench-forgetting-quick bench-completion bench-completion-quick clean
 
 help:
 	@echo "make demo         adapt a small vision transformer to rotated digits, LoRA against NB-LoRA"
@@ -25,6 +25,8 @@ help:
 	@echo "make bench-speed-gpu         Llamas of 1 and 8 billion parameters on a GPU"
 	@echo "make bench-forgetting-quick  what LoRA and NB-LoRA learn and forget, minutes, with gates"
 	@echo "make bench-forgetting        every method on the full grid, hours; resumable"
+	@echo "make bench-completion-quick  matrix completion against its peers, minutes, with the targets"
+	@echo "make bench-completion        every task and method, three seeds, hours; resumable"
 	@echo "make clean        remove the virtual environment and caches"
 
 setup: $(READY)
@@ -85,6 +87,20 @@ bench-forgetting-quick: $(READY)
 
 bench-forgetting: $(READY)
 	$(BIN)/python benchmarks/forgetting.py
+
+# not in constraints.txt: only the benchmark needs them, and one that cannot be built here gets a row that says so
+.PHONY: completion-peers
+completion-peers: $(READY)
+	@for peer in cmfrec scikit-surprise scikit-learn; do \
+	  $(BIN)/python -m pip show --quiet $$peer 2>/dev/null || $(BIN)/python -m pip install --quiet $$peer || \
+	  echo "$$peer cannot be installed here: the benchmark leaves it out"; \
+	done
+
+bench-completion-quick: completion-peers
+	$(BIN)/python benchmarks/completion.py --quick
+
+bench-completion: completion-peers
+	$(BIN)/python benchmarks/completion.py --json benchmarks/results/completion.json --resume
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis nblora-demo tests/conformance/cache

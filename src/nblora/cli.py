@@ -16,7 +16,14 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 import nblora
@@ -253,6 +260,179 @@ def inspect(
         typer.echo(inspection.summary)
         if inspection.engines is not None and inspection.layout == "peft":
             _print_rows(inspection.engines.rows(), "Serving engines")
+
+
+@app.command()
+def complete(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A table with missing entries: .csv, .tsv, .parquet, .npy, .npz or a picture.",
+            metavar="INPUT",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write; its ending says the format.")],
+    layout: Annotated[
+        str, typer.Option(help="wide (blanks for what is missing), long (row id, column id, value) or auto.")
+    ] = "auto",
+    header: Annotated[
+        bool | None,
+        typer.Option("--header/--no-header", help="Whether the first line names columns. Default: look."),
+    ] = None,
+    index: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of a wide table with row ids; may be repeated. Default: look."),
+    ] = None,
+    no_index: Annotated[bool, typer.Option("--no-index", help="A wide table has no row ids.")] = False,
+    row: Annotated[str | None, typer.Option(help="Column of a long table with row ids.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column of a long table with column ids.")] = None,
+    value: Annotated[str | None, typer.Option(help="Column of a long table with values.")] = None,
+    missing: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What else stands for a missing entry; of a picture a colour (0, 255,0,255 or #ff00ff), "
+            "beside transparent pixels. May be repeated."
+        ),
+    ] = None,
+    predict: Annotated[
+        Path | None,
+        typer.Option(help="File with pairs of row id and column id; only they are predicted, one a line."),
+    ] = None,
+    out_layout: Annotated[str | None, typer.Option(help="wide or long. Default: that of INPUT.")] = None,
+    replace_observed: Annotated[
+        bool, typer.Option("--replace-observed", help="Write predictions in place of observed entries too.")
+    ] = False,
+    duplicates: Annotated[
+        str, typer.Option(help="error, or mean of the values that one pair of a row and a column is given.")
+    ] = "error",
+    rank: Annotated[int | None, typer.Option(help="Largest rank. Default: 20.")] = None,
+    bound: Annotated[
+        str | None,
+        typer.Option(
+            help="On the norm, in units of the values, or auto: by held-out entries. Default: auto."
+        ),
+    ] = None,
+    norm: Annotated[
+        str | None,
+        typer.Option(help="nuclear, frobenius, spectral, ky-fan-q or a number p >= 1. Default: nuclear."),
+    ] = None,
+    parametrization: Annotated[str | None, typer.Option(help="joint or svd. Default: joint.")] = None,
+    rank_selection: Annotated[
+        str | None, typer.Option(help="two-stage: also try a smaller rank; none. Default: two-stage.")
+    ] = None,
+    bias: Annotated[
+        str | None, typer.Option(help="joint: learn row and column biases too; none. Default: joint.")
+    ] = None,
+    weighting: Annotated[
+        str | None,
+        typer.Option(help="popularity, for ratings: bound the matrix weighted by it; none. Default: none."),
+    ] = None,
+    max_iter: Annotated[int | None, typer.Option(help="Most iterations of a fit. Default: 200.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64. Default: float32.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the entries that are held out.")] = 0,
+    test_fraction: Annotated[
+        float,
+        typer.Option(
+            help="Share of the entries that is held out from a fit of its own with the same options, for an "
+            "error that no choice has seen. 0: no such fit, half the time."
+        ),
+    ] = 0.1,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw to this PNG, PDF or SVG file: before and after of a picture or a matrix without ids, "
+            "else the spectrum."
+        ),
+    ] = None,
+    json: _Json = False,
+) -> None:
+    """Fill in the missing entries of a table or a picture by a matrix of low rank and bounded norm.
+
+    Rank and bound are chosen on held-out entries. Prints them, and the root mean squared error on other
+    entries, which the fit for it has not seen, beside that of the column means. Observed entries stay as
+    they are. A wide table comes back wide; a long one with blank values comes back with the blanks filled,
+    and one without becomes the list of all entries that are missing.
+
+    Exit status: 0 if done, 2 for input that cannot be used, 130 if stopped; nothing is written then.
+    """
+    with _one_line_errors():
+        _needs("Completion", "sklearn", "scipy", "pandas", "pyarrow", "PIL", extra="completion")
+        if plot is not None:
+            _needs("A plot", "matplotlib", extra="completion")
+        if index and no_index:
+            raise ValueError(f"--no-index must not be given with --index, got --index {index[0]}")
+        from nblora.completion.job import complete_file
+
+        options = _given(
+            rank=rank,
+            bound=None if bound is None else _norm(bound),
+            norm=None if norm is None else _norm(norm),
+            parametrization=parametrization,
+            max_iter=max_iter,
+            device=device,
+            dtype=dtype,
+        )
+        for name, text in (("rank_selection", rank_selection), ("bias", bias), ("weighting", weighting)):
+            if text is not None:
+                options[name] = None if text == "none" else text
+        with _one_line_warnings(), _stage_bar() as on_progress:
+            try:
+                report = complete_file(
+                    source,
+                    out,
+                    layout=layout,
+                    header=header,
+                    index=() if no_index else index,
+                    row=row,
+                    column=column,
+                    value=value,
+                    missing=missing or (),
+                    predict=predict,
+                    out_layout=out_layout,
+                    replace_observed=replace_observed,
+                    duplicates=duplicates,
+                    test_fraction=test_fraction,
+                    plot=plot,
+                    seed=seed,
+                    on_progress=on_progress,
+                    **options,
+                )
+            except KeyboardInterrupt:
+                _fail("stopped; nothing is written", STOPPED)
+    if json:
+        typer.echo(report.to_json())
+        return
+    if report.held_out:
+        _print_rows(report.rows(), f"Error on {report.held_out:,} entries held out")
+    drawn = "" if plot is None else f" and {plot}"
+    typer.echo(f"{report.summary} Wrote {out}{drawn}: {report.predicted:,} entries are predicted.")
+
+
+@contextmanager
+def _stage_bar() -> Iterator[Callable[[str, int], None]]:
+    """A bar on standard error with the stage of a fit, whose end is not known; what is yielded moves it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed} iterations"),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("Reading", total=None)
+        yield lambda stage, iterations: progress.update(bar, description=stage, completed=iterations)
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Warnings about a fit in one line on standard error."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place, **others: typer.echo(
+            f"nblora: {' '.join(str(message).split())}", err=True
+        )
+        yield
 
 
 @contextmanager
