@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nblora.checkpoints import import_lora as import_lora
     from nblora.checkpoints import inspect_lora as inspect_lora
     from nblora.comparison import compare as compare
+    from nblora.merging import merge_adapters as merge_adapters
     from nblora.suggestion import suggest as suggest
     from nblora.training import finetune as finetune
     from nblora.tuner import NBLoraConfig as NBLoraConfig
@@ -47,6 +48,7 @@ _HOMES = {
     "finetune": "nblora.training",
     "import_lora": "nblora.checkpoints",
     "inspect_lora": "nblora.checkpoints",
+    "merge_adapters": "nblora.merging",
     "suggest": "nblora.suggestion",
     "NBLoraConfig": "nblora.tuner",
     "NBLoraModel": "nblora.tuner",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -13,9 +16,17 @@ from torch import Tensor, nn
 
 from nblora.bounds import Norm, parse_norm
 from nblora.checkpoints.base import Place
-from nblora.checkpoints.layouts import PEFT_PREFIX, adapted_parameters
+from nblora.checkpoints.layouts import PEFT_PREFIX, Form, adapted_parameters
 from nblora.checkpoints.lora import LoraFile, locate, parse_lora
-from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile, one_line, parse_json, read_json
+from nblora.checkpoints.storage import (
+    DTYPES,
+    AdapterError,
+    PathLike,
+    TensorFile,
+    one_line,
+    parse_json,
+    read_json,
+)
 from nblora.contract import TOLERANCE
 from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters
@@ -51,6 +62,12 @@ class BoundedLayer:
     scale: float = 1.0
     kernel: tuple[int, ...] = ()
     embedding: bool = False
+
+    @property
+    def form(self) -> Form:
+        """What the update is, apart from its rank and its numbers."""
+        *experts, m, n = self.update.shape
+        return Form((m, n), experts[0] if experts else None, self.kernel, self.embedding)
 
     @property
     def matrices(self) -> list[LowRank]:
@@ -100,6 +117,62 @@ class Adapter:
         )
 
 
+@dataclass(frozen=True)
+class BoundedFile:
+    """A saved NB-LoRA adapter of which only the header is in memory.
+
+    Attributes:
+        tensors: the weights.
+        config: what is in adapter_config.json.
+        parts: keys of the tensors of every layer, by module name in the base model and by part.
+        embeddings: which layers are embeddings.
+        others: keys of further trained tensors (modules to save, biases).
+    """
+
+    tensors: TensorFile
+    config: NBLoraConfig
+    parts: dict[str, dict[str, str]]
+    embeddings: frozenset[str]
+    others: tuple[str, ...]
+
+    def form(self, name: str) -> tuple[Form, int]:
+        """What the update of a layer is, and its number of factors, from the header alone.
+
+        Raises:
+            AdapterError: if the tensors of the layer do not fit together.
+        """
+        entries = {part: self.tensors.entries[key] for part, key in self.parts[name].items()}
+        empty = {
+            part: torch.empty(entry.shape, dtype=DTYPES.get(entry.dtype), device="meta")
+            for part, entry in entries.items()
+        }
+        with self._errors():
+            part = _checked_parts(self.config, name, empty)
+        experts = part["radius"].shape
+        *_, k, m = part["out"].shape
+        into = tuple(part["in"].shape[len(experts) + 1 :])
+        count = experts[0] if experts else None
+        return Form((m, math.prod(into)), count, into[1:], name in self.embeddings), k
+
+    def layer(self, name: str) -> BoundedLayer:
+        """Read one layer.
+
+        Raises:
+            AdapterError: if its tensors cannot be read or do not fit together.
+        """
+        part = {part: self.tensors.read(key) for part, key in self.parts[name].items()}
+        with self._errors():
+            return _bounded_layer(self.config, name, part, 1.0, name in self.embeddings)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Errors that say which file."""
+        try:
+            yield
+        except AdapterError as error:
+            raise AdapterError(f"{self.tensors.path}: {error}") from error
+
+
 def read_adapter(source: nn.Module | PathLike, adapter_name: str = "default") -> Adapter:
     """The bounded layers of a model, of a saved NB-LoRA adapter, or of an exported LoRA.
 
@@ -122,8 +195,30 @@ def read_adapter(source: nn.Module | PathLike, adapter_name: str = "default") ->
         raise AdapterError(f"{config_file} must be a PEFT adapter configuration: it has no peft_type")
     if raw["peft_type"] == "LORA":
         return _exported(parse_lora(weights_file, config_file, raw))
-    if raw["peft_type"] != NBLoraType.NBLORA.value:
-        raise AdapterError(f"{config_file} must be of an NB-LoRA adapter, got peft_type={raw['peft_type']!r}")
+    file = _opened(weights_file, config_file, raw)
+    layers = {name: file.layer(name) for name in file.parts}
+    others = {key.removeprefix(PEFT_PREFIX): file.tensors.read(key) for key in file.others}
+    return Adapter(file.config, layers, others)
+
+
+def open_nblora(source: PathLike) -> BoundedFile:
+    """Read what a saved NB-LoRA adapter says of itself, without its tensors.
+
+    Raises:
+        AdapterError: as `read_adapter`.
+    """
+    weights_file, config_file = locate(source)
+    if config_file is None:
+        raise AdapterError(f"{weights_file} must be of an NB-LoRA adapter, and needs its adapter_config.json")
+    return _opened(weights_file, config_file, read_json(config_file, "a PEFT adapter configuration"))
+
+
+def _opened(weights_file: Path, config_file: Path, raw: dict[str, Any]) -> BoundedFile:
+    """The NB-LoRA adapter in a weights file, with PEFT's configuration as it was read."""
+    if raw.get("peft_type") != NBLoraType.NBLORA.value:
+        raise AdapterError(
+            f"{config_file} must be of an NB-LoRA adapter, got peft_type={raw.get('peft_type')!r}"
+        )
     try:
         config = NBLoraConfig.from_peft_type(**raw)
     except Exception as error:  # whatever PEFT raises for fields of other types
@@ -132,11 +227,12 @@ def read_adapter(source: nn.Module | PathLike, adapter_name: str = "default") ->
         raise AdapterError(
             f"{config_file} must have a list of names as target_parameters, got {config.target_parameters!r}"
         )
-    file = TensorFile(weights_file)
+    tensors = TensorFile(weights_file)
     try:
-        return _adapter(config, {key: file.read(key) for key in file.entries})
+        parts, embeddings, others = _sorted(config, tensors.entries)
     except AdapterError as error:
         raise AdapterError(f"{weights_file}: {error}") from error
+    return BoundedFile(tensors, config, parts, embeddings, others)
 
 
 def is_ours(source: PathLike) -> bool:
@@ -173,33 +269,48 @@ def _adapter(
     config: NBLoraConfig, tensors: Mapping[str, Tensor], scales: Mapping[str, float] | None = None
 ) -> Adapter:
     """Sort the tensors of an NB-LoRA checkpoint into layers."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts, embeddings, others = _sorted(config, tensors)
+    layers = {
+        name: _bounded_layer(
+            config,
+            name,
+            {part: tensors[key] for part, key in keys.items()},
+            (scales or {}).get(name, 1.0),
+            name in embeddings,
+        )
+        for name, keys in parts.items()
+    }
+    return Adapter(config, layers, {key.removeprefix(PEFT_PREFIX): tensors[key] for key in others})
+
+
+def _sorted(
+    config: NBLoraConfig, keys: Iterable[str]
+) -> tuple[dict[str, dict[str, str]], frozenset[str], tuple[str, ...]]:
+    """Keys of an NB-LoRA checkpoint by layer and part, which layers are embeddings, and all other keys."""
+    parts: dict[str, dict[str, str]] = {}
     embeddings: set[str] = set()
-    others: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PEFT_PREFIX)
-        if match := _TENSOR.fullmatch(name):
-            parts.setdefault(match["name"], {})[match["part"]] = tensor
+    others: list[str] = []
+    for key in keys:
+        if match := _TENSOR.fullmatch(key.removeprefix(PEFT_PREFIX)):
+            parts.setdefault(match["name"], {})[match["part"]] = key
             if match["embedding"]:
                 embeddings.add(match["name"])
         else:
-            others[name] = tensor
+            others.append(key)
     if not parts:
         raise AdapterError("an NB-LoRA adapter must have adapted layers, got none")
-    layers = {
-        name: _bounded_layer(config, name, part, (scales or {}).get(name, 1.0), name in embeddings)
-        for name, part in parts.items()
-    }
-    for name in layers:  # PEFT saves the frozen weight of adapted embeddings too
-        others.pop(f"{name}.base_layer.weight", None)
-        if config.bias == "none":
-            others.pop(f"{name}.base_layer.bias", None)
-    return Adapter(config, layers, others)
+    frozen = frozen_keys(parts, config.bias)
+    return parts, frozenset(embeddings), tuple(k for k in others if k.removeprefix(PEFT_PREFIX) not in frozen)
 
 
-def _bounded_layer(
-    config: NBLoraConfig, name: str, part: Mapping[str, Tensor], scale: float, embedding: bool
-) -> BoundedLayer:
+def frozen_keys(names: Iterable[str], bias: str) -> set[str]:
+    """Keys, without PEFT's prefix, of the frozen tensors that PEFT saves beside adapted embeddings."""
+    kinds = ("weight", "bias") if bias == "none" else ("weight",)
+    return {f"{name}.base_layer.{kind}" for name in names for kind in kinds}
+
+
+def _checked_parts(config: NBLoraConfig, name: str, part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a layer once their shapes fit together, angles and scales without their last axis."""
     method = Method.of(config)
     needed = {"in", "out", "radius"}
     needed |= {"angle"} if config.parametrization == "svd" else set()
@@ -210,13 +321,13 @@ def _bounded_layer(
         raise AdapterError(f"layer {name!r} must have the tensors {sorted(needed)}, got {sorted(part)}")
     # stored as columns (k, 1), by older versions as vectors (k,)
     columns = {key for key in part.keys() & {"angle", "scale"} if part[key].ndim == part["out"].ndim}
-    part = {key: tensor.squeeze(-1) if key in columns else tensor for key, tensor in part.items()}
-    shapes = {key: tuple(tensor.shape) for key, tensor in part.items()}
+    checked = {key: tensor.squeeze(-1) if key in columns else tensor for key, tensor in part.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in checked.items()}
     batch = shapes["radius"]  # () or (E,) for experts
     into, out = shapes["in"][len(batch) :], shapes["out"][len(batch) :]
     k = out[0] if out else 0
     if (
-        not all(tensor.is_floating_point() for tensor in part.values())
+        not all(tensor.is_floating_point() for tensor in checked.values())
         or len(batch) > 1
         or any(shapes[key][: len(batch)] != batch for key in needed)
         or len(into) < 2
@@ -231,9 +342,19 @@ def _bounded_layer(
             "radius () and angle and scale (k, 1) where there are any, with k <= min(m, n), all of them with "
             f"the number of experts in front for experts, got {shapes}"
         )
+    return checked
+
+
+def _bounded_layer(
+    config: NBLoraConfig, name: str, part: Mapping[str, Tensor], scale: float, embedding: bool
+) -> BoundedLayer:
+    part = _checked_parts(config, name, part)
+    method = Method.of(config)
+    batch = part["radius"].shape
     free = FreeParameters(
         part["out"], part["in"].flatten(len(batch) + 1), part.get("angle"), part.get("scale")
     )
+    kernel = tuple(part["in"].shape[len(batch) + 2 :])
     radius = part["radius"].detach()
     if bool((radius < 0).any()):
         raise AdapterError(f"the radius of layer {name!r} must not be negative, got {radius.tolist()!r}")
@@ -246,7 +367,7 @@ def _bounded_layer(
         # of experts the configuration can state only the largest
         bounds = [min(pair) for pair in zip(stated, bounds)] if batch else stated
     return BoundedLayer(
-        update, method.norm, tuple(abs(scale) * bound for bound in bounds), scale, into[2:], embedding
+        update, method.norm, tuple(abs(scale) * bound for bound in bounds), scale, kernel, embedding
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nblora.checkpoints.base import BaseWeights
 from nblora.checkpoints.clipping import Advance, BoundKind, Cut, CutReport, Radii, check_bound, cut
 from nblora.checkpoints.layouts import PEFT_PREFIX, LoraLayer, adapted_parameters
-from nblora.checkpoints.lora import LoraFile, open_lora
+from nblora.checkpoints.lora import FURTHER_OPTIONS, LoraFile, open_lora
 from nblora.checkpoints.storage import AdapterError, PathLike, atomic_folder
 from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters, Parametrization
@@ -160,7 +160,7 @@ def _kept_options(file: LoraFile, names: Iterable[str]) -> dict[str, Any]:
     lora = file.config
     if lora is None:
         return {"target_modules": "|".join(map(re.escape, names))}
-    for field in ("lora_bias", "layer_replication", "alora_invocation_tokens"):
+    for field in FURTHER_OPTIONS:
         if getattr(lora, field, None):
             raise AdapterError(f"{file.config_file} must not use {field}, which NB-LoRA does not have")
     options = {field: getattr(lora, field) for field in _KEPT_OPTIONS}

@@ -28,6 +28,30 @@ Layout = Literal["peft", "diffusers", "kohya"]
 LAYOUTS: tuple[Layout, ...] = ("peft", "diffusers", "kohya")
 PEFT_PREFIX = "base_model.model."
 
+
+@dataclass(frozen=True)
+class Form:
+    """What the update of a layer is, apart from its rank and its numbers.
+
+    Attributes:
+        shape: (m, n).
+        experts: E, None for a layer with one matrix.
+        kernel: of a convolution, whose inputs are counted over it, else empty.
+        embedding: whether the update is of an embedding, whose weight is stored transposed.
+    """
+
+    shape: tuple[int, int]
+    experts: int | None = None
+    kernel: tuple[int, ...] = ()
+    embedding: bool = False
+
+    def __str__(self) -> str:
+        text = f"{self.shape}"
+        text += f" of {self.experts} experts" if self.experts is not None else ""
+        text += f" with the kernel {self.kernel}" if self.kernel else ""
+        return text + " of an embedding" * self.embedding
+
+
 _COMPONENTS = r"unet|transformer(?:_\d)?|text_encoder(?:_\d)?|prior|controlnet|diffusion_model"
 _KOHYA_COMPONENTS = {
     "unet": "unet",

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from nblora.checkpoints.base import Place
-from nblora.checkpoints.layouts import Layout, LoraLayer, adapted_parameters, parse
+from nblora.checkpoints.layouts import Form, Layout, LoraLayer, adapted_parameters, parse
 from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile, find_file, one_line, read_json
 from nblora.lowrank import LowRank
 
@@ -32,6 +32,9 @@ _VARIANTS = (
 )
 # starts of LoraConfig.init_lora_weights that change the base weight, most of them by the first B A
 _CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+# fields of LoraConfig that say more than which layers have which B A
+FURTHER_OPTIONS = ("lora_bias", "layer_replication", "alora_invocation_tokens")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class LoraFile:
     def factors(self, layer: LoraLayer) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """B (m, k) and A (k, n) of a layer in the precision of the file, one pair for each expert."""
         return layer.matrices(self.tensors.read(layer.up), self.tensors.read(layer.down))
+
+    def form(self, layer: LoraLayer) -> Form:
+        """What the update of a layer is, from the header alone."""
+        kernel = self.tensors.entries[layer.down].shape[2:]
+        return Form(layer.shape, layer.experts, kernel, "lora_embedding_" in layer.down)
 
     def place(self, layer: LoraLayer) -> Place:
         """How the base weight of a layer is recognised."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -41,6 +42,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
@@ -122,6 +124,59 @@ class TensorFile:
         assert len(data) == entry.stop - entry.start
         copy.seek(entry.start)
         copy.write(data.numpy().data)
+
+
+class TensorWriter:
+    """A new safetensors file that is written one tensor at a time.
+
+    Args:
+        path: of the file.
+        entries: type and shape of every tensor to write.
+        metadata: free text entries of the header.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        self._waiting: dict[str, Entry] = {}
+        stop = 0
+        # wide types first, so that every tensor is aligned
+        for key, (dtype, shape) in sorted(entries.items(), key=lambda item: -item[1][0].itemsize):
+            start, stop = stop, stop + math.prod(shape) * dtype.itemsize
+            name = _TYPE_NAMES[dtype]
+            header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [start, stop]}
+            self._waiting[key] = Entry(name, shape, start, stop)
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._begin = 8 + len(text)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """Write one of the tensors that were announced."""
+        entry = self._waiting.pop(key)
+        assert (DTYPES[entry.dtype], entry.shape) == (tensor.dtype, tuple(tensor.shape))
+        self._file.seek(self._begin + entry.start)
+        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                assert not self._waiting
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
 
 
 @contextmanager

@@ -251,7 +251,9 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         restart = again or (
             self.warm_start and hasattr(self, "components_") and self._observations.shape == observed.shape
         )
-        centre = float(observed.values.mean()) if self.bias == "joint" else 0.0
+        largest = float(np.abs(observed.values).max()) or 1.0
+        # in parts of the largest, since the sum could overflow
+        centre = float((observed.values / largest).mean()) * largest if self.bias == "joint" else 0.0
         unit = self._unit(observed.values - centre)
         standard = Observations(
             observed.shape, observed.rows, observed.columns, (observed.values - centre) / unit

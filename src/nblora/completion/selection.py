@@ -28,6 +28,10 @@ SWEEPS = 8  # at each point
 NEGLIGIBLE = 1e-4  # of a bound, over the norm of the leading part of the data
 BACKFITTINGS = 5  # of the row and column means, for the ridge on biases
 RESUMED = 2  # sweeps from a model that is nearly the solution
+NEAR = (
+    15,
+    60,
+)  # iterations of L-BFGS then, where sweeps know the norm and where not: half of a new fit or less
 SMALL = 0.05, 0.1, 0.2, 0.4  # shares of the largest singular value; those above count for a rank to try
 GAIN = 5e-4  # relative: less is no better error
 HOPELESS = 1.1  # times the best error, at the start of a path
@@ -299,7 +303,8 @@ def resume(
     """As `solve`, from a model that is nearly the solution: few sweeps, at its multiplier, then L-BFGS."""
     if not largest > 0 or not problem.norm.value(model.sigma).item() > NEGLIGIBLE * largest:
         return solve(problem, radius, watch)
-    problem = replace(problem, size=radius)
+    near = NEAR[not fitting.solves(problem.norm)]
+    problem = replace(problem, size=radius, max_iter=min(problem.max_iter, near))
     model = fitting.settle(problem, model, share * largest, watch, RESUMED)
     return fitting.descend(problem, model, radius, watch), share, largest
 
