@@ -281,7 +281,7 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 radius = _cautious_radius(problem, watch)
             if not radius > 0:
                 model, largest = fitting.barely(problem, 0.0, watch), 0.0
-            elif restart:
+            elif restart and (again or self._k == k):
                 # a multiplier goes with the number of entries
                 largest = self._largest * len(observed) / len(self._observations)
                 last = self._last_model(problem, unit, centre)

@@ -28,10 +28,8 @@ SWEEPS = 8  # at each point
 NEGLIGIBLE = 1e-4  # of a bound, over the norm of the leading part of the data
 BACKFITTINGS = 5  # of the row and column means, for the ridge on biases
 RESUMED = 2  # sweeps from a model that is nearly the solution
-NEAR = (
-    15,
-    60,
-)  # iterations of L-BFGS then, where sweeps know the norm and where not: half of a new fit or less
+NEAR = 15, 60  # iterations of L-BFGS then, where sweeps know the norm and where they do not
+FAR = 0.9  # share of the loss that is left after them, below which the model was not nearly the solution
 SMALL = 0.05, 0.1, 0.2, 0.4  # shares of the largest singular value; those above count for a rank to try
 GAIN = 5e-4  # relative: less is no better error
 HOPELESS = 1.1  # times the best error, at the start of a path
@@ -303,10 +301,19 @@ def resume(
     """As `solve`, from a model that is nearly the solution: few sweeps, at its multiplier, then L-BFGS."""
     if not largest > 0 or not problem.norm.value(model.sigma).item() > NEGLIGIBLE * largest:
         return solve(problem, radius, watch)
+    problem = replace(problem, size=radius)
     near = NEAR[not fitting.solves(problem.norm)]
-    problem = replace(problem, size=radius, max_iter=min(problem.max_iter, near))
     model = fitting.settle(problem, model, share * largest, watch, RESUMED)
-    return fitting.descend(problem, model, radius, watch), share, largest
+    before = watch.curve[-1]
+    brief = replace(problem, max_iter=min(problem.max_iter, near))
+    model = fitting.descend(brief, model, radius, watch)
+    # Much has changed: no reason to stop early. Not told for other norms, whose start is shrunk into the ball.
+    if fitting.solves(problem.norm) and watch.curve[-1] < FAR * before:
+        model, multiplier = fitting.approach(
+            problem, radius, model, share * largest, fitting.SMALLEST_MULTIPLIER * largest, watch
+        )
+        return fitting.descend(problem, model, radius, watch), multiplier / largest, largest
+    return model, share, largest
 
 
 def bias_ridge(entries: Entries) -> fitting.Ridge:
