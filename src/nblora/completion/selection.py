@@ -29,7 +29,7 @@ NEGLIGIBLE = 1e-4  # of a bound, over the norm of the leading part of the data
 BACKFITTINGS = 5  # of the row and column means, for the ridge on biases
 RESUMED = 2  # sweeps from a model that is nearly the solution
 NEAR = 15, 60  # iterations of L-BFGS then, where sweeps know the norm and where they do not
-FAR = 0.9  # share of the loss that is left after them, below which the model was not nearly the solution
+FAR = 0.8  # share of the loss that is left after them, below which the model was not nearly the solution
 SMALL = 0.05, 0.1, 0.2, 0.4  # shares of the largest singular value; those above count for a rank to try
 GAIN = 5e-4  # relative: less is no better error
 HOPELESS = 1.1  # times the best error, at the start of a path
@@ -307,7 +307,7 @@ def resume(
     before = watch.curve[-1]
     brief = replace(problem, max_iter=min(problem.max_iter, near))
     model = fitting.descend(brief, model, radius, watch)
-    # Much has changed: no reason to stop early. Not told for other norms, whose start is shrunk into the ball.
+    # Much has changed: no reason to stop early. Other norms do not tell: their start is shrunk first.
     if fitting.solves(problem.norm) and watch.curve[-1] < FAR * before:
         model, multiplier = fitting.approach(
             problem, radius, model, share * largest, fitting.SMALLEST_MULTIPLIER * largest, watch
