@@ -121,6 +121,16 @@ def test_anchors_may_be_overridden() -> None:
     assert parsed["most"] == {"a": 4, "b": 3}
 
 
+def test_the_first_of_several_merged_mappings_wins() -> None:
+    text = "one: &one {lora: 1}\ntwo: &two {lora: 2, rank: 2}\nboth: {bound: 3, <<: [*one, *two]}\n"
+    assert parse_yaml(text)["both"] == {"bound": 3, "lora": 1, "rank": 2}
+
+
+@pytest.mark.parametrize("text", ["a: {<<: 1}", "b: &b {c: 1}\na: {<<: [*b, 2]}"])
+def test_only_mappings_are_merged(text: str) -> None:
+    assert "expected a mapping" in refusal(parse_yaml, text)
+
+
 def test_other_loaders_keep_their_own_rules() -> None:
     assert yaml.safe_load("[no, 1e-3]") == [False, "1e-3"]
     assert yaml.safe_dump({"a": "1e-3"}) == "a: 1e-3\n"

@@ -25,6 +25,14 @@ class SettingsError(ValueError):
     """Settings that cannot be used; the message is one line."""
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def _name(key: yaml.Node) -> object:
+    """What tells a mapping's keys apart."""
+    return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: 1e-3 is a number, `save_strategy: no` is a name, 2026-01-31 and 007 are text."""
 
@@ -41,6 +49,24 @@ class _Loader(yaml.SafeLoader):
                     )
                 names.add(key.value)
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys (<<): a mapping's own names win, then the first source's, also of merges of merges.
+
+        PyYAML 6.0.4 compares names by the identity of their strings, so that there a grandparent may win.
+        """
+        sources: list[yaml.Node] = []
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                sources += value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if not all(isinstance(source, yaml.MappingNode) for source in sources):
+            super().flatten_mapping(node)  # says what is wrong, and where
+        pairs = {_name(pair[0]): pair for pair in node.value if pair[0].tag != _MERGE}
+        for source in sources:
+            self.flatten_mapping(source)
+            for pair in source.value:
+                pairs.setdefault(_name(pair[0]), pair)
+        node.value = list(pairs.values())
 
 
 class _Dumper(yaml.SafeDumper):
