@@ -98,26 +98,6 @@ def check_bound_and_rank(model: NBMatrixCompletion, X: Array, norm: Callable[[Ar
 # --- known defects ---
 
 # Each must fail until it is mended, and then leave this list (strict).
-KNOWN = {
-    "test_solution_is_optimal[": (
-        "-svd-spectral]",
-        "a spectral ball in svd ends 2 to 13 % above the optimum",
-    ),
-    "test_solution_is_optimal_in_other_balls[": ("", "Schatten 3.5 and Ky Fan balls end above the optimum"),
-    "test_tight_bound_is_used_and_loose_bound_is_not[": ("-ky-fan-2]", "a tight Ky Fan bound is not used up"),
-    "test_iterations_are_not_wasted": ("", "sweeps fall into a cycle at an active bound"),
-    "test_biases_beside_a_low_rank_matrix": ("", "the ridge on biases counts the matrix as noise"),
-    "test_rank_and_bound_are_found[": ("effects=1.0)]", "the ridge on biases counts the matrix as noise"),
-}
-
-
-@pytest.fixture(autouse=True)
-def _known_defects(request: pytest.FixtureRequest) -> None:
-    for start, (end, why) in KNOWN.items():
-        if request.node.name.startswith(start) and request.node.name.endswith(end):
-            request.applymarker(pytest.mark.xfail(reason=why, strict=True))
-
-
 # --- bound and rank after every fit ---
 
 SHAPES = ((1, 7), (7, 1), (8, 8), (6, 20))

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 _BISECTIONS = 100  # halvings; float64 is exhausted after about 60
+_STEPS = 200  # of methods that need a tenth
+_EPS = 4 * torch.finfo(torch.float64).eps
 
 
 class Norm(ABC):
@@ -142,31 +144,40 @@ class Schatten(Norm):
             projected = (spectrum - level.amax(-1, keepdim=True).clamp(min=0)).clamp(min=0)
             # the difference of large numbers may have left the ball by rounding
             return projected * (radius / _safe(self.value(projected))).clamp(max=1)[..., None]
-        return self._project_by_bisection(spectrum, radius)
+        return self._project_by_multiplier(spectrum, radius)
 
-    def _project_by_bisection(self, spectrum: Tensor, radius: Tensor) -> Tensor:
-        """Solve x + weight * x^(p-1) = spectrum for the multiplier at which x reaches the ball."""
+    def _project_by_multiplier(self, spectrum: Tensor, radius: Tensor) -> Tensor:
+        """Solve x + weight * x^(p-1) = spectrum for the weight at which x reaches the ball."""
         unit = (spectrum / _safe(radius)[..., None]).double()
 
-        def shrunk(log_weight: Tensor) -> Tensor:
-            weight = log_weight.exp()[..., None]
-            low, high = torch.zeros_like(unit), unit.clone()
-            for _ in range(_BISECTIONS):
-                middle = (low + high) / 2
-                below = middle + weight * middle ** (self.p - 1) < unit
-                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-            return low
+        def excess(log_weight: Tensor) -> Tensor:
+            return self.value(self._shrunk(unit, log_weight.exp()[..., None])).log()
 
         low = torch.full_like(unit[..., 0], -80.0)
         high = torch.zeros_like(low)
-        while bool((outside := self.value(shrunk(high)) > 1).any()):
+        while bool((outside := excess(high) > 0).any()):
             high = torch.where(outside, high + 10, high)
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            inside = self.value(shrunk(middle)) <= 1
-            low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
-        projected = shrunk(high).to(spectrum.dtype) * radius[..., None]
-        return torch.where((self.value(spectrum) <= radius)[..., None], spectrum, projected)
+        log_weight = _root(excess, low, high)
+        return _inside(self, spectrum, self._shrunk(unit, log_weight.exp()[..., None]), radius)
+
+    def _shrunk(self, unit: Tensor, weight: Tensor) -> Tensor:
+        """x (..., k) with x + weight * x^(p-1) = unit, by Newton's method.
+
+        For p < 2 it is y^(1 / (p-1)) + weight * y = unit for y = x^(p-1), so that the left side is convex in
+        any case and the steps, which come from the right, never overshoot.
+        """
+        power = self.p - 1 if self.p >= 2 else 1 / (self.p - 1)
+        one, other = (torch.ones_like(weight), weight) if self.p >= 2 else (weight, torch.ones_like(weight))
+        # one * y + other * y^power = unit
+        y = torch.minimum(unit / one, (unit / other) ** (1 / power))
+        for _ in range(_STEPS):
+            slope = one + other * power * y ** (power - 1)
+            new = (y - (one * y + other * y**power - unit) / slope).clamp(min=0)
+            done = bool(((y - new).abs() <= _EPS * y).all())
+            y = new
+            if done:
+                break
+        return y if self.p >= 2 else y**power
 
 
 class _GaugeScaled(Norm):
@@ -204,28 +215,47 @@ class KyFan(_GaugeScaled):
         # level)). The level is found for a multiplier, and the multiplier for the radius.
         unit = (spectrum / _safe(radius)[..., None]).double()
         q = min(self.q, spectrum.shape[-1])
+        ascending = unit.sort(-1).values
+        above = ascending.flip(-1).cumsum(-1).flip(-1)  # sum of a value and all larger ones
 
         def shrunk(multiplier: Tensor) -> Tensor:
-            low, high = torch.zeros_like(multiplier), unit.amax(-1)
-            for _ in range(_BISECTIONS):
-                level = (low + high) / 2
-                x = _cut(unit, multiplier, level)
-                too_low = (unit - x).sum(-1) > q * multiplier
-                low, high = torch.where(too_low, level, low), torch.where(too_low, high, level)
-            return _cut(unit, multiplier, high)
+            level = _level(ascending, above, multiplier, q)
+            return torch.maximum(unit - multiplier[..., None], torch.minimum(unit, level[..., None]))
 
         low, high = torch.zeros_like(unit[..., 0]), unit.sum(-1)
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            inside = self.value(shrunk(middle)) <= 1
-            low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
-        projected = shrunk(high).to(spectrum.dtype) * radius[..., None]
-        return torch.where((self.value(spectrum) <= radius)[..., None], spectrum, projected)
+        multiplier = _root(lambda multiplier: self.value(shrunk(multiplier)) - 1, low, high)
+        return _inside(self, spectrum, shrunk(multiplier), radius)
 
 
-def _cut(spectrum: Tensor, multiplier: Tensor, level: Tensor) -> Tensor:
-    floor = torch.minimum(spectrum, level[..., None])
-    return torch.maximum(spectrum - multiplier[..., None], floor)
+def _level(ascending: Tensor, above: Tensor, multiplier: Tensor, q: int) -> Tensor:
+    """The level (...,) >= 0 with sum_j clamp(x_j - level, 0, multiplier) = q * multiplier, or 0.
+
+    The sum falls with the level, and is linear between the levels x_j and x_j - multiplier.
+
+    Args:
+        ascending: (..., k) x, sorted.
+        above: (..., k) sums of x_j and all larger ones.
+        multiplier: (...,).
+    """
+    k = ascending.shape[-1]
+
+    def over(levels: Tensor) -> Tensor:
+        """sum_j max(x_j - level, 0) for levels (..., c)."""
+        place = torch.searchsorted(ascending, levels, right=True)
+        sums = torch.gather(above, -1, place.clamp(max=k - 1))
+        return torch.where(place < k, sums - (k - place) * levels, 0.0)
+
+    shift = multiplier[..., None]
+    levels = torch.cat([ascending, (ascending - shift).clamp(min=0)], dim=-1).sort(-1).values.contiguous()
+    sums = over(levels) - over(levels + shift)  # descending
+    target = q * multiplier
+    last = (sums >= target[..., None]).sum(-1, keepdim=True).clamp(1, 2 * k - 1)  # of the interval
+    (at, below), (sum_at, sum_below) = (
+        (torch.gather(each, -1, last - 1)[..., 0], torch.gather(each, -1, last)[..., 0])
+        for each in (levels, sums)
+    )
+    share = (sum_at - target) / _safe(sum_at - sum_below)
+    return torch.where(sums[..., 0] >= target, at + share.clamp(0, 1) * (below - at), 0.0)
 
 
 @dataclass(frozen=True)
@@ -366,6 +396,51 @@ class Profile(Norm):
         bounds[..., :count] = radius[..., None] * self._bounds(spectrum, count)
         clipped = torch.minimum(descending, bounds)
         return torch.empty_like(spectrum).scatter_(-1, order, clipped)
+
+
+def _root(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """Where a falling function (...,) of (...,) is zero: regula falsi (Illinois), bisected where it is slow.
+
+    Args:
+        low: where it is positive, or the result.
+        high: where it is not.
+    """
+    at_low, at_high = function(low), function(high)
+    high = torch.where(at_low > 0, high, low)
+    moved = torch.zeros_like(low)  # 1 if the low end was the last to move, -1 if the high end
+    width = high - low
+    slow = torch.zeros_like(low, dtype=torch.bool)
+    for step in range(1, _STEPS + 1):
+        middle = (high * at_low - low * at_high) / _safe(at_low - at_high)
+        outside = ~((middle > low) & (middle < high))
+        middle = torch.where(outside | slow, (low + high) / 2, middle)
+        value = function(middle)
+        exact = value.abs() <= _EPS
+        positive = value > 0
+        # an end that stays for the second time counts half, so that it moves soon
+        at_high = torch.where(positive, torch.where(moved > 0, at_high / 2, at_high), value)
+        at_low = torch.where(positive, value, torch.where(moved < 0, at_low / 2, at_low))
+        low, high = torch.where(positive, middle, low), torch.where(positive, high, middle)
+        low, high = torch.where(exact, middle, low), torch.where(exact, middle, high)
+        moved = torch.where(positive, 1.0, -1.0).to(low)
+        if bool((high - low <= _EPS * torch.maximum(low.abs(), high.abs())).all()):
+            break
+        slow = torch.zeros_like(slow)
+        if step % 4 == 0:
+            slow, width = high - low > width / 4, high - low
+    return high
+
+
+def _inside(norm: Norm, spectrum: Tensor, projected: Tensor, radius: Tensor) -> Tensor:
+    """What lies in the ball stays; what rounding has left outside of the projected is scaled back.
+
+    Args:
+        spectrum: (..., k).
+        projected: (..., k), in units of the radius.
+        radius: (...,).
+    """
+    found = (projected / norm.value(projected).clamp(min=1)[..., None]).to(spectrum.dtype) * radius[..., None]
+    return torch.where((norm.value(spectrum) <= radius)[..., None], spectrum, found)
 
 
 def _safe(divisor: Tensor) -> Tensor:

@@ -76,9 +76,11 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Whether `transform` leaves observed entries as they are.
     cv : int, splitter, iterable of (fit, held out) positions or None, default=None
         How entries are held out for "auto" and "two-stage", over the N observed entries sorted by row and
-        column. None holds out 10 % once.
+        column, so that a splitter should shuffle: KFold(5) would hold out whole rows, which says how new rows
+        are completed. None holds out 10 % once.
     max_iter : int, default=200
-        Most sweeps of alternating regressions, and most iterations of L-BFGS, of each fit.
+        Most sweeps of alternating regressions, most iterations of L-BFGS, and most steps of projected
+        gradients, of each fit.
     tol : float, default=1e-4
         A solver stops where an iteration improves the squared error by a smaller share.
     warm_start : bool, default=False
@@ -121,9 +123,11 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """
 
     _observations: Observations
+    _norm: Norm
     _k: int
     _share: float
-    _largest: float
+    _largest: float  # in the units of the values, as all of these
+    _noise: float | None
     _biased: bool
     _made_once: dict[str, Any]  # what only new rows need
 
@@ -214,7 +218,8 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def partial_fit(self, X: Any, y: None = None) -> NBMatrixCompletion:
         """Add the observed entries of X to those known, and go on from the last solution.
 
-        Rank and bound stay. An entry that was known already takes its new value.
+        Rank and bound stay, unless the bound is zero (all values were the same) or the norm was set to
+        another one since: then all is fitted anew. An entry that was known already takes its new value.
 
         Parameters
         ----------
@@ -239,7 +244,9 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             return self._continue(new)
 
     def _continue(self, new: Observations) -> NBMatrixCompletion:
-        return self._fit(self._observations.updated(new), again=True)
+        # a bound in another norm means nothing now, and neither does one of zero, which constant values gave
+        same = self._norm == parse_norm(self.norm) and self.bound_ > 0
+        return self._fit(self._observations.updated(new), again=same)
 
     def _fit(self, observed: Observations, again: bool = False) -> NBMatrixCompletion:
         """Fit, from the last solution if `again`: then also with its rank and bound."""
@@ -264,7 +271,7 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             k, bound = min(self._k, m, n), self.bound_
         chosen: selection.Selection | None = None
         with torch_sparse():
-            share, radius = 0.1, None if bound is None else bound / unit
+            share, noise, radius = 0.1, None, None if bound is None else bound / unit
             if not again and (bound is None or self.rank_selection == "two-stage"):
                 self._say("choosing the rank and the bound", watch)
                 chosen = self._select(standard, norm, k, radius, watch)
@@ -272,23 +279,24 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                     best = chosen.best
                     if radius is None:
                         radius = best.radius * (selection.ROOM if best.k < k else 1.0)
-                    k, share = best.k, best.multiplier
+                    k, share, noise = best.k, best.multiplier, best.rmse**2
             self._say("fitting", watch)
             watch.curve.clear()
             problem = self._problem(standard, norm, k)
+            if noise is not None:
+                problem = problem.beside(noise)
             del standard
             if radius is None:  # too little data to hold any out
                 radius = _cautious_radius(problem, watch)
             if not radius > 0:
-                model, largest = fitting.barely(problem, 0.0, watch), 0.0
+                solved = selection.Solution.of(problem, fitting.barely(problem, 0.0, watch), share, 0.0)
             elif restart and (again or self._k == k):
-                # a multiplier goes with the number of entries
-                largest = self._largest * len(observed) / len(self._observations)
-                last = self._last_model(problem, unit, centre)
-                model, share, largest = selection.resume(problem, radius, last, self._share, largest, watch)
+                solved = selection.resume(problem, radius, self._last_solution(problem, unit, centre), watch)
             else:
-                model, share, largest = selection.solve(problem, radius, watch, share=share)
-        self._observations, self._k, self._share, self._largest = observed, k, share, largest
+                solved = selection.solve(problem, radius, watch, share=share)
+        model, self._share, largest, noise = solved
+        self._observations, self._norm, self._k, self._largest = observed, norm, k, largest * unit
+        self._noise = None if noise is None else noise * unit**2
         self._store(problem, model, radius, unit, centre)
         if not again:
             self._store_selection(chosen, unit)
@@ -448,8 +456,8 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 )
         return splits
 
-    def _last_model(self, problem: Problem, unit: float, centre: float) -> Model:
-        """The last solution in the units of this problem; what is new in rows, columns and rank is zero."""
+    def _last_solution(self, problem: Problem, unit: float, centre: float) -> selection.Solution:
+        """In the units of this problem; what is new in rows, columns and rank is zero."""
         (m, n), k = problem.entries.shape, problem.k
         biased = problem.ridge is not None
         like = problem.entries.values
@@ -462,12 +470,16 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
         left = padded(padded(self.row_factors_.T, k).T, m) / (unit * problem.weights.row[:, None])
         right = padded(padded(self.components_, k).T, n) / problem.weights.column[:, None]
-        return Model.balanced(
+        model = Model.balanced(
             LowRank(left, right.mT),
             padded(self.row_bias_, m) / unit * biased,
             padded(self.column_bias_, n) / unit * biased,
             like.new_tensor((self.offset_ - centre) / unit * biased),
         )
+        # a multiplier goes with the number of entries
+        largest = self._largest / unit * len(problem.entries) / len(self._observations)
+        noise = self._noise / unit**2 if biased and self._noise is not None else None
+        return selection.Solution(model, self._share, largest, noise)
 
     def _store(self, problem: Problem, model: Model, radius: float, unit: float, centre: float) -> None:
         """The learned attributes, with the norm measured and below the bound."""
@@ -622,7 +634,8 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         X : (rows, n) as for `transform`.
         y : (rows, n) true values of some entries, in any form that `fit` takes. Without it a fifth of each
             row's entries, at least one of two, is hidden, predicted from the others and scored; rows should
-            then be new. One-dimensional y, the labels of a pipeline, is no truth about X and ignored.
+            then be new. Labels as a pipeline has them, one-dimensional or one column where X has several, are
+            no truth about X and ignored.
 
         Returns
         -------
@@ -630,7 +643,8 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         given = self._observe(X, reset=False)
-        if y is None or getattr(y, "ndim", np.ndim(y)) == 1:
+        shape = None if y is None else getattr(y, "shape", np.shape(y))
+        if shape is None or len(shape) == 1 or shape[1:] == (1,) != given.shape[1:]:
             hidden = _hidden(given)
             given, truth = given.only(~hidden), given.only(hidden)
         else:
@@ -730,7 +744,7 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             coefficients = self._row_coefficients()
             residual = observed.values - self._values(coefficients, observed.rows, observed.columns)
             free = (self.rank_ + self._biased) * sum(observed.shape)
-            noise = float(residual @ residual) / max(len(residual) - free, len(residual) / 10)
+            noise = fitting.residual_variance(float(residual @ residual), len(residual), free)
             if self.validation_rmse_ is not None:
                 noise = max(noise, self.validation_rmse_**2)
             self._made_once["prior"] = RowPrior.of(coefficients[filled], noise)

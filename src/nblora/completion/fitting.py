@@ -1,7 +1,7 @@
 """A matrix of rank k in a norm ball that fits observed entries (MATH.md §8).
 
 The model is X + biases, X = D_r^-1/2 Y D_c^-1/2 with Y in the ball (D = I unless weighted), and the fit
-minimises half the squared error at the observed entries plus a ridge on the biases. Two solvers work
+minimises half the squared error at the observed entries plus a ridge on the biases. Three solvers work
 together:
 
 1. Alternating ridge regressions, each row's (and then each column's) by a few steps of conjugate gradients.
@@ -10,6 +10,8 @@ together:
    methods, but know of no bound.
 2. L-BFGS in the free parameters of the bounded parametrization, which start at that solution through the
    inverse map of MATH.md §1-2. Any norm, and every iterate keeps the bound.
+3. Projected gradients for the rest. Free parameters are badly scaled where singular values are at their
+   bounds (gradients vanish) or far below them; a projection knows no such place.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ from nblora.lowrank import LowRank
 from nblora.parametrizations import FreeParameters, Parametrization, bounded_update, pull_back
 
 GRADIENT_STEPS = 2  # of conjugate gradients in each half of a sweep
-CHUNK = 10  # iterations of L-BFGS between two looks at its progress
+CHUNK = 10  # iterations of L-BFGS, or steps of projected gradients, between two looks at their progress
+MEMORY = 10  # losses above whose largest a step may not rise
+SUFFICIENT = 1e-4  # share of the decrease that the gradient promises with which a step is content
+FARTHEST = 1e3  # times the usual step, or one over that
+BACKTRACKS = 20
 HISTORY = 20, 8  # pairs that L-BFGS keeps, for small problems and for large ones
 LARGE = 100_000  # free parameters
 # Share of the ball that the start of L-BFGS fills at most. On the sphere gradients vanish, and what is
@@ -36,6 +42,15 @@ LARGE = 100_000  # free parameters
 SATURATION, SOLVED = 0.95, 0.9999
 ROOMY = 4.0  # times the norm that Y has without it: a larger bound changes nothing and rounds worse
 DEAD = 1e-3  # share of the largest singular value below which one is started afresh
+# Share of the variance beside biases alone in that beside Y and biases, so that a model with as many numbers
+# as there are entries does not talk itself into less and less noise.
+FIRST_GUESS = 0.005
+FREE_BIAS, NO_BIAS = 1e-6, 1e8  # the least and the largest ridge on biases
+HANDOVER = (
+    30.0  # times the tolerance: sweeps this slow leave the rest to L-BFGS, where the bound does not act
+)
+SHORTEST = 1e-3  # step of a multiplier's logarithm that is still one
+WORTHWHILE = 0.02  # fall of a multiplier's logarithm after which dead directions may have something to do
 SMALLEST_MULTIPLIER = 1e-6  # relative to the one at which Y is zero
 
 
@@ -67,10 +82,32 @@ class Weights:
 
 
 class Ridge(NamedTuple):
-    """On row and column biases, in units of the squared error; infinite for no biases."""
+    """On row and column biases, in units of the squared error.
+
+    Attributes:
+        row, column: variance of an entry beside its biases, over that of the biases.
+        noise: the variance of an entry beside its biases that was assumed.
+        fitted: whether that is what a fit of Y and the biases left, and not all that biases alone leave.
+    """
 
     row: float
     column: float
+    noise: float
+    fitted: bool = False
+
+    def at(self, noise: float) -> Ridge:
+        """For what a fit left; at most what biases alone leave."""
+        share = min(noise / self.noise, 1.0) if self.noise > 0 else 1.0
+
+        def one(ridge: float) -> float:
+            return ridge if ridge >= NO_BIAS else max(share * ridge, FREE_BIAS)
+
+        return Ridge(one(self.row), one(self.column), share * self.noise, fitted=True)
+
+    @property
+    def mT(self) -> Ridge:
+        """Of the transposed matrix."""
+        return self._replace(row=self.column, column=self.row)
 
 
 @dataclass(frozen=True)
@@ -164,6 +201,10 @@ class Problem:
     tol: float
     size: float = 1.0
 
+    def beside(self, noise: float) -> Problem:
+        """With ridges on biases for this variance of entries beside Y and biases."""
+        return self if self.ridge is None else replace(self, ridge=self.ridge.at(noise))
+
 
 class Watch:
     """Counts the passes over the entries, collects the learning curve, and reports progress.
@@ -230,6 +271,8 @@ def refreshed(problem: Problem, model: Model, multiplier: float, watch: Watch) -
     found = LowRank(u_new, v_new.mT).svd()
     rate = len(entries) / (m * n)
     grown = ((found.sigma[:missing] - multiplier) / rate).clamp(min=0)
+    if _exponent(problem.norm) == 1 and not bool((grown > 0).any()):
+        return model  # as optimal as the sweeps have made it
     floor = 2 * DEAD * torch.cat([sigma, grown]).amax()  # a little of each, so that none is dead at once
     grown = grown.clamp(min=floor)
     root = grown.sqrt()
@@ -243,8 +286,11 @@ def refreshed(problem: Problem, model: Model, multiplier: float, watch: Watch) -
 
 
 def solves(norm: Norm) -> bool:
-    """Whether sweeps know the norm; for another one they take the nuclear norm and are only a start."""
-    return isinstance(norm, Schatten)
+    """Whether sweeps know the norm; for another one they take the nuclear norm and are only a start.
+
+    Weights sigma^(p-1) are found sweep by sweep, which does not converge for large p.
+    """
+    return isinstance(norm, Schatten) and norm.p <= 2
 
 
 def largest_multiplier(problem: Problem, start: Model) -> float:
@@ -254,20 +300,38 @@ def largest_multiplier(problem: Problem, start: Model) -> float:
         start: `spectral_start` of the problem, of which the k leading singular values are taken.
     """
     m, n = problem.entries.shape
-    norm = problem.norm
     dual: Norm = Spectral()  # of the nuclear norm
-    if isinstance(norm, Schatten) and norm.p > 1:
-        dual = Schatten(norm.p / (norm.p - 1))
+    p = _exponent(problem.norm)
+    if p > 1:
+        dual = Schatten(p / (p - 1))
     return dual.value(start.sigma).item() * len(problem.entries) / (m * n)
+
+
+def _exponent(norm: Norm) -> float:
+    """p of the Schatten norm that sweeps take for it."""
+    return norm.p if isinstance(norm, Schatten) and solves(norm) else 1.0
 
 
 def _pull(problem: Problem, sigma: Tensor) -> Tensor:
     """(k,) what a multiplier of 1 pulls each singular value with: see `sweep`."""
-    norm = problem.norm
-    if not isinstance(norm, Schatten) or norm.p == 1:
+    p = _exponent(problem.norm)
+    if p == 1:
         return torch.ones_like(sigma)
-    pull: Tensor = (sigma / problem.size).clamp(max=1e3) ** min(norm.p - 1, 10.0)
+    pull: Tensor = (sigma / problem.size).clamp(max=1e3) ** (p - 1)
     return pull.clamp(min=1e-6)  # a little, so that no regression is singular
+
+
+def ridge_on(problem: Problem, model: Model, less: Model | None = None) -> float:
+    """What the ridge adds to the squared error, 0 without biases; or of the difference to another model."""
+    if problem.ridge is None:
+        return 0.0
+    total = 0.0
+    for ridge, name in zip(problem.ridge, ("row_bias", "column_bias")):
+        bias = getattr(model, name)
+        if less is not None:
+            bias = bias - getattr(less, name)
+        total += ridge * bias.square().sum(dtype=torch.float64).item()
+    return total
 
 
 @torch.no_grad()
@@ -278,13 +342,10 @@ def sweep(problem: Problem, model: Model, multiplier: float, watch: Watch) -> Mo
     gradient is that of multiplier * norm(Y) where the norm is `size`. With balanced factors the ridge sum_j
     w_j (||left_j||^2 + ||right_j||^2) / 2 has that gradient for w_j = multiplier * (sigma_j / size)^(p-1).
     """
-    error = 0.0
-    if problem.ridge is not None:
-        for on_bias, bias in zip(problem.ridge, (model.row_bias, model.column_bias)):
-            error += on_bias * bias.square().sum().item()
+    error = ridge_on(problem, model)
     model, squared = _half(problem, problem.entries, model, multiplier)
     # the columns' half is the rows' half of the transposed
-    ridge = None if problem.ridge is None else Ridge(*problem.ridge[::-1])
+    ridge = None if problem.ridge is None else problem.ridge.mT
     flipped = replace(problem, weights=problem.weights.mT, ridge=ridge)
     model = _half(flipped, problem.entries.mT, model.mT, multiplier)[0].mT
     watch.iterations += 1
@@ -391,8 +452,10 @@ def settle(problem: Problem, model: Model, multiplier: float, watch: Watch, swee
 
 def approach(
     problem: Problem, radius: float, model: Model, multiplier: float, smallest: float, watch: Watch
-) -> tuple[Model, float]:
+) -> tuple[Problem, Model, float]:
     """Sweeps whose multiplier moves until the norm of Y is the radius, or the multiplier is as good as zero.
+
+    Ridges on biases that are not fitted yet move with what the model leaves.
 
     Args:
         model: where to start; a singular value that is zero stays zero.
@@ -400,33 +463,65 @@ def approach(
         smallest: multiplier that counts as zero, > 0.
 
     Returns:
-        the model and its multiplier. The norm may be off the radius by a little.
+        the problem with fitted ridges, the model, whose norm may be off the radius by a little, and its
+        multiplier.
     """
+    given = problem
     elasticity = 3.0  # of the multiplier: how much it has to fall, in logarithms, for the norm to rise
+    longest = (
+        1.0  # step of the multiplier's logarithm; halved at each turn, so that it cannot go round for ever
+    )
     last: tuple[float, float] | None = None
+    step = 0.0
     before = math.inf
-    falling = False
     for _ in range(problem.max_iter):
-        if falling:
+        if step < -WORTHWHILE:
             model = refreshed(problem, model, multiplier, watch)
         model = sweep(problem, model, multiplier, watch)
+        if given.ridge is not None and not given.ridge.fitted:
+            noise = _noise(problem, model, multiplier, watch)
+            problem = given.beside(noise + FIRST_GUESS * (given.ridge.noise - noise))
         loss = watch.curve[-1]
         share = problem.norm.value(model.sigma).item() / radius
         # what a smaller multiplier could still gain, by convexity
         gain = multiplier * (radius - share * radius) / len(problem.entries)
         free = share <= 1 and (multiplier <= smallest or gain <= problem.tol * loss)
-        if (abs(share - 1) < 0.01 or free) and not abs(before - loss) > problem.tol * loss:
+        at_bound = abs(share - 1) < 0.01 or longest < SHORTEST
+        change = abs(before - loss)
+        enough = problem.tol * loss
+        if (at_bound and not change > enough) or (free and not change > HANDOVER * enough):
             break
         before = loss
         at = (math.log(multiplier), math.log(max(share, 1e-6)))
         if last is not None and abs(at[1] - last[1]) > 1e-4 and abs(at[0] - last[0]) > 1e-3:
             measured = -(at[0] - last[0]) / (at[1] - last[1])
             elasticity = min(max(measured, 1.0), 100.0) if measured > 0 else elasticity
+        if last is not None:
+            longest = longest / 2 if at[1] * last[1] < 0 else min(longest * 1.2, 1.0)
         last = at
-        step = min(max(elasticity * at[1], -1.0), 1.0)
-        falling = step < 0
+        step = min(max(elasticity * at[1], -longest), longest)
         multiplier = max(multiplier * math.exp(step), smallest)
-    return model, multiplier
+    return problem, model, multiplier
+
+
+def _noise(problem: Problem, model: Model, multiplier: float, watch: Watch) -> float:
+    """The variance of what the model leaves, with the degrees of freedom that ridges have left to it."""
+    entries, ridge = problem.entries, problem.ridge
+    m, n = entries.shape
+    left, right = model.factors(problem.weights, biases=ridge is not None)
+    squared = squares(entries.products(left, right, less_values=True)).item()
+    watch.evaluations += 1
+    curvature = model.sigma * (len(entries) / (m * n))  # along an entry of a balanced factor
+    pull = multiplier * _pull(problem, model.sigma)
+    fitted = (m + n) * (curvature / (curvature + pull)).sum().item()
+    assert ridge is not None
+    fitted += sum(len(entries) / (len(entries) / side + on) for side, on in zip((m, n), ridge))
+    return residual_variance(squared, len(entries), fitted)
+
+
+def residual_variance(squared: float, count: int, fitted: float) -> float:
+    """Of `count` entries whose squared errors sum to `squared`, after so many numbers were fitted to them."""
+    return squared / max(count - fitted, count / 10)
 
 
 # --- L-BFGS in the ball ----------------------------------------------------------------------------
@@ -462,7 +557,10 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
     # entry moves X by s_j / unit, and that is seen at the rate of observed entries.
     bounds = norm.scales(free.logits, ball, k)
     scale = unit**2 * m * n / (len(entries) * bounds.double().square().mean().item())
-    sizes = [(count / (len(entries) * scale)) ** 0.5 for count in (m, n, 1)]  # of biases and the offset
+    ridges = (0.0, 0.0, 0.0) if problem.ridge is None else (problem.ridge.row, problem.ridge.column, 0.0)
+    sizes = [  # of biases and the offset
+        (scale * (len(entries) / count + ridge)) ** -0.5 for count, ridge in zip((m, n, 1), ridges)
+    ]
     moved = {
         name: (tensor * unit).contiguous().requires_grad_()
         for name, tensor in vars(free).items()
@@ -535,3 +633,156 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
     with torch.no_grad():
         update, *rest = state()
         return Model.balanced(update, *rest)
+
+
+# --- projected gradients ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def polish(problem: Problem, model: Model, radius: float, watch: Watch, iterations: int) -> Model:
+    """Projected gradients from a model in the ball: what the parametrization leaves.
+
+    Each step goes along the gradient's part in the tangent space of the matrices of rank k, which keeps
+    products thin, and back to the nearest matrix of rank k in the ball: k leading singular values, projected.
+    The step is Barzilai and Borwein's, and a step may rise above the last loss but not above the last few
+    (Birgin, Martínez and Raydan, Nonmonotone spectral projected gradient methods, 2000). The squared error
+    is quadratic, so that <step, change of gradient> is the squared change of the residual.
+
+    Args:
+        model: where to start, projected first; a singular value that is zero stays zero.
+        radius: of the ball, > 0.
+        iterations: at most.
+
+    Returns:
+        the best model on the way.
+    """
+    norm = problem.norm
+    ball = model.sigma.new_tensor(radius)
+    model = model.truncated(max(1, int((model.sigma > 0).sum())))
+    here = _Place.of(problem, model.with_spectrum(norm.project(model.sigma, ball)), watch)
+    best, recent, before, done = here, [here.loss], here.loss, 0
+    m, n = problem.entries.shape
+    length = usual = m * n / len(problem.entries)
+    # where sweeps are no help, the way is long and the steps are small
+    worthwhile = problem.tol * (CHUNK if solves(norm) else 1)
+    for done in range(iterations):
+        gradient = _TangentGradient.at(problem, here)
+        for _ in range(BACKTRACKS):
+            there = _Place.of(problem, gradient.step(problem, here.model, length, ball), watch)
+            moved = gradient.squared_distance(here.model, there.model)
+            if there.loss <= max(recent) - SUFFICIENT * moved / length:
+                break
+            length /= 3
+        else:
+            break
+        curved = squares(there.residual - here.residual).item() + ridge_on(problem, there.model, here.model)
+        length = min(max(moved / curved if curved > 0 else usual, usual / FARTHEST), usual * FARTHEST)
+        here, recent = there, [*recent, there.loss][-MEMORY:]
+        watch.iterations += 1
+        if here.loss < best.loss:
+            best = here
+        if (done + 1) % CHUNK == 0:
+            watch.passed(best.loss / len(problem.entries))
+            if not before - best.loss > worthwhile * best.loss:
+                break
+            before = best.loss
+    if done % CHUNK != CHUNK - 1:
+        watch.passed(best.loss / len(problem.entries))
+    return best.model
+
+
+class _Place(NamedTuple):
+    """A model, what it leaves at the entries (N,), and the loss."""
+
+    model: Model
+    residual: Tensor
+    loss: float
+
+    @staticmethod
+    def of(problem: Problem, model: Model, watch: Watch) -> _Place:
+        factors = model.factors(problem.weights, biases=problem.ridge is not None)
+        residual = problem.entries.products(*factors, less_values=True).clone()
+        watch.evaluations += 1
+        return _Place(model, residual, (squares(residual).item() + ridge_on(problem, model)) / 2)
+
+
+class _TangentGradient(NamedTuple):
+    """u @ down.T + across @ v.T of Y, and of the biases.
+
+    Attributes:
+        u: (m, k), v: (n, k) singular vectors.
+        across: (m, k), G v less its part along u; down: (n, k), G^T u for the gradient G of Y.
+        biases: gradients of row biases, column biases and offset.
+        units: of the steps along biases, relative to those of Y, so that the curvature is alike.
+    """
+
+    u: Tensor
+    v: Tensor
+    across: Tensor
+    down: Tensor
+    biases: tuple[Tensor, Tensor, Tensor] | None
+    units: tuple[float, float, float]
+
+    @staticmethod
+    def at(problem: Problem, here: _Place) -> _TangentGradient:
+        entries, weights, model = problem.entries, problem.weights, here.model
+        m, n = entries.shape
+        root = model.sigma.sqrt()
+        root = torch.where(root > 0, root, 1.0)
+        u, v = model.left / root, model.right / root
+        right, left = weights.column[:, None] * v, weights.row[:, None] * u
+        biases, on_rows, on_columns = None, 0.0, 0.0
+        if problem.ridge is None:
+            of_rows = entries.times_right(here.residual, right)
+            of_columns = entries.transposed_times_left(here.residual, left)
+        else:
+            on_rows, on_columns = (m * n / len(entries) * ridge for ridge in problem.ridge[:2])
+            # the sums over rows and columns in the same pass
+            of_rows = entries.times_right(here.residual, _with_ones(right))
+            of_columns = entries.transposed_times_left(here.residual, _with_ones(left))
+            biases = (
+                of_rows[:, -1] + problem.ridge.row * model.row_bias,
+                of_columns[:, -1] + problem.ridge.column * model.column_bias,
+                of_rows[:, -1].sum(),
+            )
+            of_rows, of_columns = of_rows[:, :-1], of_columns[:, :-1]
+        across = weights.row[:, None] * of_rows
+        return _TangentGradient(
+            u=u,
+            v=v,
+            across=across - u @ (u.mT @ across),
+            down=weights.column[:, None] * of_columns,
+            biases=biases,
+            units=(1 / (n + on_rows), 1 / (m + on_columns), 1 / (m * n)),
+        )
+
+    def step(self, problem: Problem, model: Model, length: float, ball: Tensor) -> Model:
+        """Down the gradient and back into the ball."""
+        left = torch.cat([self.u, self.across], dim=1)
+        right = torch.cat([self.v * model.sigma - length * self.down, -length * self.v], dim=1)
+        offset = model.row_bias, model.column_bias, model.offset
+        if self.biases is not None:
+            row, column, one = (
+                bias - length * unit * gradient
+                for bias, unit, gradient in zip(offset, self.units, self.biases)
+            )
+            offset = row, column, one
+        moved = Model.balanced(LowRank(left, right.mT), *offset).truncated(len(model.sigma))
+        return moved.with_spectrum(problem.norm.project(moved.sigma, ball))
+
+    def squared_distance(self, one: Model, other: Model) -> float:
+        """Of Y, and of the biases in their units."""
+        # that of near matrices is a difference of large numbers
+        left = torch.cat([one.left, -other.left], dim=1).double()
+        right = torch.cat([one.right, other.right], dim=1).double()
+        squared = ((left.mT @ left) * (right.mT @ right)).sum()
+        if self.biases is not None:
+            biases = one.row_bias, one.column_bias, one.offset
+            others = other.row_bias, other.column_bias, other.offset
+            for unit, bias, moved in zip(self.units, biases, others):
+                squared = squared + (bias - moved).square().sum() / unit
+        return max(squared.item(), 0.0)
+
+
+def _with_ones(side: Tensor) -> Tensor:
+    return torch.cat([side, torch.ones_like(side[:, :1])], dim=1)

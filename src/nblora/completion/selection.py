@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from nblora.bounds import Schatten
 from nblora.completion import fitting
 from nblora.completion.entries import Entries, squares
-from nblora.completion.fitting import Model, Problem, Watch
+from nblora.completion.fitting import FREE_BIAS, NO_BIAS, Model, Problem, Watch
 
 FALL = 0.6  # of the multiplier from one point of a path to the next
 FIRST = 0.5  # of a path: share of the multiplier from which on Y is zero
@@ -28,8 +29,7 @@ SWEEPS = 8  # at each point
 NEGLIGIBLE = 1e-4  # of a bound, over the norm of the leading part of the data
 BACKFITTINGS = 5  # of the row and column means, for the ridge on biases
 RESUMED = 2  # sweeps from a model that is nearly the solution
-NEAR = 15, 60  # iterations of L-BFGS then, where sweeps know the norm and where they do not
-FAR = 0.8  # share of the loss that is left after them, below which the model was not nearly the solution
+NEAR = (10, 30), (20, 60)  # iterations of L-BFGS, and steps, then: where sweeps know the norm, where not
 SMALL = 0.05, 0.1, 0.2, 0.4  # shares of the largest singular value; those above count for a rank to try
 GAIN = 5e-4  # relative: less is no better error
 HOPELESS = 1.1  # times the best error, at the start of a path
@@ -85,6 +85,11 @@ class _Point:
     radius: float
     errors: Tensor
     model: Model
+
+    @property
+    def noise(self) -> float:
+        """Mean squared error of the entries held out."""
+        return self.errors.square().mean().item()
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ def _again(
     """One candidate from a near one: at a rank, and a share of the multiplier unless the bound is given."""
     points = []
     for split, old in zip(splits, near.points):
-        problem = replace(split.problem, k=rank)
+        problem = replace(split.problem, k=rank).beside(old.noise)
         if radius is None:
             points.append(_point(problem, split.held_out, share, old, watch))
         else:
@@ -236,9 +241,9 @@ def _path(
     points: list[_Point] = []
     best, waited = float("inf"), 0
     for _ in range(POINTS):
-        last = _point(problem, held_out, share, last, watch)
+        last = _point(problem.beside(min(last.noise, best**2)), held_out, share, last, watch)
         points.append(last)
-        rmse = last.errors.square().mean().sqrt().item()
+        rmse = last.noise**0.5
         waited = 0 if rmse < best * (1 - GAIN) else waited + 1
         best = min(best, rmse)
         if waited > PATIENCE or share < fitting.SMALLEST_MULTIPLIER:
@@ -257,14 +262,16 @@ def _point(problem: Problem, held_out: Entries, share: float, start: _Point, wat
         model = fitting.settle(problem, model, share * start.largest, watch, SWEEPS)
     radius = problem.norm.value(model.sigma).item()
     inside = fitting.solves(problem.norm) or not radius > 0
-    judged = model if inside else fitting.descend(problem, model, radius, watch)
+    most = problem.max_iter
+    judged = model if inside else _finished(problem, model, radius, watch, most, most)
     return _Point(share, start.largest, start.size, radius, _errors(judged, problem, held_out), model)
 
 
 def _inside(problem: Problem, held_out: Entries, radius: float, start: _Point | None, watch: Watch) -> _Point:
     """The solution for a given bound."""
-    model, share, largest = solve(problem, radius, watch, share=0.1 if start is None else start.share)
-    return _Point(share, largest, radius, radius, _errors(model, problem, held_out), model)
+    found = solve(problem, radius, watch, share=0.1 if start is None else start.share)
+    errors = _errors(found.model, problem, held_out)
+    return _Point(found.share, found.largest, radius, radius, errors, found.model)
 
 
 def _errors(model: Model, problem: Problem, held_out: Entries) -> Tensor:
@@ -272,62 +279,80 @@ def _errors(model: Model, problem: Problem, held_out: Entries) -> Tensor:
     return held_out.products(left, right, less_values=True).abs()
 
 
-def solve(problem: Problem, radius: float, watch: Watch, *, share: float = 0.1) -> tuple[Model, float, float]:
+class Solution(NamedTuple):
+    """The model in a ball, and what a later fit may start from.
+
+    Attributes:
+        model: inside.
+        share: the multiplier at which the regressions ended, relative to
+        largest: the one from which on Y is zero.
+        noise: the variance beside Y and biases that the ridges on biases were for; None without biases.
+    """
+
+    model: Model
+    share: float
+    largest: float
+    noise: float | None
+
+    @staticmethod
+    def of(problem: Problem, model: Model, share: float, largest: float) -> Solution:
+        return Solution(model, share, largest, None if problem.ridge is None else problem.ridge.noise)
+
+
+def solve(problem: Problem, radius: float, watch: Watch, *, share: float = 0.1) -> Solution:
     """The model in a ball: alternating regressions towards its boundary, then L-BFGS inside.
 
     Args:
         share: the multiplier to start with, relative to the one from which on Y is zero.
-
-    Returns:
-        the model, the share at which the regressions ended, and the multiplier from which on Y is zero.
     """
     problem = replace(problem, size=radius)
     start = fitting.spectral_start(problem, watch)
     largest = fitting.largest_multiplier(problem, start)
     if not largest > 0:  # nothing is left to explain: a constant, or biases alone
         zero = Model.zero(problem.entries, problem.k, centred=problem.ridge is not None)
-        return zero, share, largest
+        return Solution.of(problem, zero, share, largest)
     if radius < NEGLIGIBLE * problem.norm.value(start.sigma).item():
-        return fitting.barely(problem, radius, watch), share, largest
+        return Solution.of(problem, fitting.barely(problem, radius, watch), share, largest)
     inside = start.with_spectrum(problem.norm.project(start.sigma, start.sigma.new_tensor(radius)))
     smallest = fitting.SMALLEST_MULTIPLIER * largest
-    model, multiplier = fitting.approach(problem, radius, inside, share * largest, smallest, watch)
-    return fitting.descend(problem, model, radius, watch), multiplier / largest, largest
+    problem, model, multiplier = fitting.approach(problem, radius, inside, share * largest, smallest, watch)
+    model = _finished(problem, model, radius, watch, problem.max_iter, problem.max_iter)
+    return Solution.of(problem, model, multiplier / largest, largest)
 
 
-def resume(
-    problem: Problem, radius: float, model: Model, share: float, largest: float, watch: Watch
-) -> tuple[Model, float, float]:
-    """As `solve`, from a model that is nearly the solution: few sweeps, at its multiplier, then L-BFGS."""
+def _finished(problem: Problem, model: Model, radius: float, watch: Watch, most: int, steps: int) -> Model:
+    """At most so many iterations of L-BFGS in the free parameters, then steps of projected gradients."""
+    model = fitting.descend(replace(problem, max_iter=most), model, radius, watch)
+    return fitting.polish(problem, model, radius, watch, steps)
+
+
+def resume(problem: Problem, radius: float, last: Solution, watch: Watch) -> Solution:
+    """As `solve`, from what is nearly the solution: few sweeps, at its multiplier, and the bound is known."""
+    model, share, largest, noise = last
     if not largest > 0 or not problem.norm.value(model.sigma).item() > NEGLIGIBLE * largest:
         return solve(problem, radius, watch)
     problem = replace(problem, size=radius)
-    near = NEAR[not fitting.solves(problem.norm)]
+    if noise is not None:
+        problem = problem.beside(noise)
     model = fitting.settle(problem, model, share * largest, watch, RESUMED)
-    before = watch.curve[-1]
-    brief = replace(problem, max_iter=min(problem.max_iter, near))
-    model = fitting.descend(brief, model, radius, watch)
-    # Much has changed: no reason to stop early. Other norms do not tell: their start is shrunk first.
-    if fitting.solves(problem.norm) and watch.curve[-1] < FAR * before:
-        model, multiplier = fitting.approach(
-            problem, radius, model, share * largest, fitting.SMALLEST_MULTIPLIER * largest, watch
-        )
-        return fitting.descend(problem, model, radius, watch), multiplier / largest, largest
-    return model, share, largest
+    most, steps = (min(problem.max_iter, each) for each in NEAR[not fitting.solves(problem.norm)])
+    model = _finished(problem, model, radius, watch, most, steps)
+    return Solution.of(problem, model, share, largest)
 
 
 def bias_ridge(entries: Entries) -> fitting.Ridge:
-    """The ridges on biases: variance of an entry beside its biases, over that of the rows' (columns') means.
+    """The ridges on biases alone: variance of an entry beside them, over that of the rows' (columns') means.
 
-    The variance of means is what is left of it beyond chance (the moment estimator of a random effect); where
-    nothing is left, the ridge is so large that biases are as good as switched off.
+    Beside a low-rank matrix, which explains some of that variance, they are too large; `Ridge.at` mends it
+    once there is a fit. The variance of means is what is left of it beyond chance (the moment estimator of a
+    random effect); where nothing is left, the ridge is so large that biases are as good as switched off.
     """
     sides = entries, entries.mT
     counts = [side.row_counts for side in sides]
     filled = [int((count > 0).sum()) for count in counts]
     free = len(entries) - sum(filled) + 1
     if free <= 0 or min(filled) < 2:  # nothing tells a mean from an entry
-        return fitting.Ridge(1.0, 1.0)
+        return fitting.Ridge(1.0, 1.0, 0.0)
     ones = torch.ones_like(entries.values)
     centre = entries.values.mean()
     means = [torch.zeros_like(count) for count in counts]
@@ -345,5 +370,6 @@ def bias_ridge(entries: Entries) -> fitting.Ridge:
         between = (count @ mean.square()).item() - (count @ mean).item() ** 2 / len(entries)
         size = len(entries) - count.square().sum().item() / len(entries)
         spread = (between - (groups - 1) * noise) / size
-        ridges.append(min(max(noise / spread, 1e-6), 1e8) if spread > 0 else 1e8)
-    return fitting.Ridge(*ridges)
+        ridge = noise / spread if spread > 0 else NO_BIAS
+        ridges.append(min(max(ridge, FREE_BIAS), NO_BIAS))
+    return fitting.Ridge(ridges[0], ridges[1], noise)
