@@ -819,6 +819,7 @@ def test_layers_that_kohyas_layout_cannot_tell_apart(tmp_path: Path) -> None:
         ({"weights": [1, 2, float("nan")]}, "weights must be one finite number"),
         ({"weights": [1, 2, float("inf")]}, "weights must be one finite number"),
         ({"weights": ["a", 1, 1]}, "weights must be one finite number"),
+        ({"weights": "111"}, "weights must be one finite number"),
         ({"weights": 1.0}, "weights must be one finite number"),
         ({"rank": 0}, "rank must be an integer >= 1, got rank=0"),
         ({"rank": True}, "rank must be an integer >= 1, got rank=True"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nblora.checkpoints import inspect_lora as inspect_lora
     from nblora.comparison import compare as compare
     from nblora.merging import merge_adapters as merge_adapters
+    from nblora.merging import merge_privately as merge_privately
     from nblora.suggestion import suggest as suggest
     from nblora.training import finetune as finetune
     from nblora.tuner import NBLoraConfig as NBLoraConfig
@@ -49,6 +50,7 @@ _HOMES = {
     "import_lora": "nblora.checkpoints",
     "inspect_lora": "nblora.checkpoints",
     "merge_adapters": "nblora.merging",
+    "merge_privately": "nblora.merging",
     "suggest": "nblora.suggestion",
     "NBLoraConfig": "nblora.tuner",
     "NBLoraModel": "nblora.tuner",

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
@@ -31,6 +32,7 @@ import nblora
 if TYPE_CHECKING:
     from nblora.certificate import Certificate
     from nblora.checkpoints import CutReport
+    from nblora.privacy import Plan
 
 app = typer.Typer(
     name="nblora",
@@ -263,6 +265,401 @@ def inspect(
 
 
 @app.command()
+def merge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            help="NB-LoRA adapters and LoRAs, mixed as wanted: folders, safetensors files, hub repositories; "
+            "of a private merge only paths, one for each client that was invited.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    weights: Annotated[
+        str | None, typer.Option(help="With commas, one for each adapter. Default: the mean.")
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            help="Largest rank of a layer; with a point (0.99) the share of the squared Frobenius norm to "
+            "keep. Default: all of it. Of a private merge: the rank of the adapter; without it the base "
+            "weights are written with the merged update added."
+        ),
+    ] = None,
+    bound: Annotated[
+        float | None,
+        typer.Option(
+            help="On the norm of every merged update; of a private merge on that of every client's, in place "
+            "of the bounds that files note."
+        ),
+    ] = None,
+    norm: _Norm = "frobenius",
+    relative: Annotated[bool, typer.Option("--relative/--absolute", help=_RELATIVE_HELP)] = False,
+    base: _Base = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="exact, ties, dare_linear, dare_ties or magnitude_prune. Default: exact."),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of entries that a method other than exact keeps.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what DARE drops. Default: 0.")] = None,
+    layout: Annotated[str, typer.Option(help="peft, diffusers or kohya.")] = "peft",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64. Default: float32.")
+    ] = None,
+    component: Annotated[
+        str | None,
+        typer.Option(help="Which component of a pipeline (unet, transformer, text_encoder, ...)."),
+    ] = None,
+    private: Annotated[
+        bool,
+        typer.Option("--private", help="Add noise that hides each client; needs the three options below."),
+    ] = False,
+    epsilon: Annotated[float | None, typer.Option(help="Of the guarantee.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Of the guarantee, as 1e-5.")] = None,
+    adjacency: Annotated[
+        str | None, typer.Option(help="add-remove (a client more or less) or replace-one (another client).")
+    ] = None,
+    clients: Annotated[
+        int | None,
+        typer.Option(help="The public denominator of the mean. Default: the number of adapters listed."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="A public adapter, as it was handed out: its layers, shapes, ranks and bounds are expected, "
+            "and what does not fit counts as zero. Without it all configurations are taken as public."
+        ),
+    ] = None,
+    on_excess: Annotated[
+        str | None,
+        typer.Option(help="reject or project clients that are over their bound. Default: reject."),
+    ] = None,
+    project: Annotated[
+        bool | None,
+        typer.Option(
+            "--project/--no-project",
+            help="Project the noised update onto the ball of the merged one. Default: do.",
+        ),
+    ] = None,
+    ledger: Annotated[
+        Path | None,
+        typer.Option(help="File of the privacy budget, to which this is charged; started if there is none."),
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Epsilon of a ledger that is started. Default: that of this merge.")
+    ] = None,
+    sampling_probability: Annotated[
+        float | None, typer.Option(help="With which each client was drawn, secretly; needs --clients.")
+    ] = None,
+    seed_noise: Annotated[
+        int | None, typer.Option(help="Reproducible noise, for studies: NOTHING IS PRIVATE then.")
+    ] = None,
+    json: _Json = False,
+) -> None:
+    """Merge adapters into one: exactly, or with noise that hides every client.
+
+    The mean or weighted sum of the updates, as one plain LoRA. With --private differentially private: every
+    adapter is measured against its bound, noise is added to the dense update, and the ledger is charged
+    before that. What is printed on standard output may be published; what the guard found of each client
+    goes to standard error and may not.
+
+    Exit status: 0 if done; 2 for input that cannot be used and for a budget that does not suffice, when
+    nothing is spent or written; 1 if writing failed after the budget was spent; 130 if stopped.
+    """
+    for_private = _given(
+        epsilon=epsilon,
+        delta=delta,
+        adjacency=adjacency,
+        clients=clients,
+        reference=reference,
+        on_excess=on_excess,
+        project=project,
+        ledger=ledger,
+        budget=budget,
+        sampling_probability=sampling_probability,
+        seed_noise=seed_noise,
+    )
+    for_plain = _given(method=method, density=density, seed=seed, relative=relative or None)
+    common = {
+        "bound": bound,
+        "norm": _norm(norm),
+        "base": base,
+        "layout": cast(Any, layout),
+        "component": component,
+    }
+    with _one_line_errors():
+        numbers = None if weights is None else [_real("--weights", part) for part in weights.split(",")]
+        if not private:
+            _refuse_with("--private", for_private, needs=True)
+            with _layers_bar("Merging") as advance:
+                report = nblora.merge_adapters(
+                    adapters,
+                    out,
+                    weights=numbers,
+                    rank=_rank(rank),
+                    method=cast(Any, method or "exact"),
+                    density=density,
+                    seed=seed or 0,
+                    bound_kind="relative" if relative else "absolute",
+                    dtype=dtype or "float32",
+                    advance=advance,
+                    **common,
+                )
+        else:
+            _needs("A private merge", "dp_accounting", extra="privacy")
+            if method == "exact":
+                for_plain.pop("method")
+            _refuse_with("--private", for_plain, needs=False)
+            _merge_privately(adapters, out, numbers, _rank(rank), dtype, for_private, common, json)
+            return
+    if json:
+        typer.echo(report.to_json())
+        return
+    _print_rows(report.rows(), f"Merged into {out}")
+    typer.echo(f"{report.summary} Wrote a plain LoRA to {out}.")
+
+
+def _merge_privately(
+    adapters: Sequence[str],
+    out: Path,
+    weights: list[float] | None,
+    rank: int | float | None,
+    dtype: str | None,
+    given: dict[str, Any],
+    common: dict[str, Any],
+    json: bool,
+) -> None:
+    """Call the function, print what may be published, and on standard error what may not."""
+    from nblora.privacy import BudgetExceeded, ReleaseLost
+
+    if missing := [name for name in ("epsilon", "delta", "adjacency") if name not in given]:
+        raise ValueError(f"--private needs --{' and --'.join(missing)}: nothing stands for them by default")
+    options = {name: value for name, value in given.items() if name not in ("clients", "seed_noise")}
+    try:
+        with _one_line_warnings(), _layers_bar("Merging") as advance:
+            report = nblora.merge_privately(
+                adapters,
+                out,
+                n_total=given.get("clients"),
+                weights=weights,
+                rank=cast(Any, rank),
+                dtype=dtype,
+                rng=given.get("seed_noise"),
+                advance=advance,
+                **options,
+                **common,
+            )
+    except BudgetExceeded as error:
+        _fail(str(error))
+    except ReleaseLost as error:
+        _fail(" ".join(str(error).split()), BROKEN)
+    except KeyboardInterrupt:
+        _fail("stopped; nothing is written, and what the ledger counts as spent stays spent", STOPPED)
+    _print_rows(report.client_rows(), "PRIVATE, do not publish: what the guard found", error=True)
+    typer.echo(f"PRIVATE, do not publish: {report.client_summary}.", err=True)
+    if json:
+        typer.echo(report.to_json())
+        return
+    _print_rows(report.rows(), f"Merged privately into {out}")
+    if report.started:
+        typer.echo(
+            f"Started the ledger {report.ledger} with the budget epsilon {report.budget:g} at delta "
+            f"{report.delta:g} under {report.adjacency}."
+        )
+    typer.echo(f"{report.summary} Wrote {out}.")
+
+
+def _refuse_with(flag: str, given: Mapping[str, Any], *, needs: bool) -> None:
+    """Refuse options that need a flag which is not there, or that do not go with it."""
+    for name in given:
+        option = f"--{name.replace('_', '-')}"
+        raise ValueError(f"{option} needs {flag}" if needs else f"{option} must not be given with {flag}")
+
+
+def _rank(text: str | None) -> int | float | None:
+    """An integer is a rank, a number with a point a share."""
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        return _real("--rank", text)
+
+
+def _real(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{option} must be of numbers, got {text!r}") from error
+
+
+@app.command()
+def privacy(
+    epsilon: Annotated[
+        str | None, typer.Option(help="Of all rounds together; several with commas.", show_default=False)
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="As 1e-5.", show_default=False)] = None,
+    clients: Annotated[
+        str | None, typer.Option(help="How many; several with commas.", show_default=False)
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Releases that share the budget.")] = 1,
+    adjacency: Annotated[
+        str | None,
+        typer.Option(
+            help="add-remove (a client more or less) or replace-one (another client).", show_default=False
+        ),
+    ] = None,
+    bound: Annotated[
+        float | None, typer.Option(help="Absolute, on the norm of every client's update.")
+    ] = None,
+    norm: _Norm = "frobenius",
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Of clients' updates of this --shape, and to which the merged one is truncated."),
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="MxN, of a layer; may be repeated.", show_default=False)
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="A public adapter, in place of --shape: layers, ranks and, without --bound, bounds."
+        ),
+    ] = None,
+    component: Annotated[str | None, typer.Option(help="Which component of a pipeline it is of.")] = None,
+    sampling_probability: Annotated[
+        float, typer.Option(help="With which each client is drawn in each round, secretly.")
+    ] = 1.0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw signal-to-noise against clients to this PNG, PDF or SVG file."),
+    ] = None,
+    ledger: Annotated[Path | None, typer.Option(help="Show what of this budget is spent and left.")] = None,
+    json: _Json = False,
+) -> None:
+    """What private merging would cost: noise, sensitivity and signal-to-noise. Spends nothing.
+
+    nblora privacy --epsilon 1,4,8 --delta 1e-5 --clients 100,500 --adjacency add-remove --shape 512x512
+    --bound 0.3 --rank 8
+
+    Exit status: 0 if done, 2 for input that cannot be used.
+    """
+    with _one_line_errors():
+        _needs("Planning", "dp_accounting", extra="privacy")
+        if plot is not None:
+            _needs("A plot", "matplotlib", extra="plots")
+        plan_options = _given(
+            epsilon=epsilon, delta=delta, clients=clients, adjacency=adjacency, shape=shape or reference
+        )
+        needed = ("epsilon", "delta", "clients", "adjacency", "shape")
+        missing = [name for name in needed if name not in plan_options]
+        if missing and (ledger is None or plan_options or plot is not None):
+            names = " and --".join(missing).replace("shape", "shape or --reference")
+            raise ValueError(f"a plan needs --{names}")
+        plans: list[Plan] = []
+        if not missing:
+            bounds, shapes = _expected(shape, reference, bound, norm, rank, component)
+            from nblora.privacy import plan_release
+
+            plans = [
+                plan_release(
+                    bounds=bounds,
+                    shapes=shapes,
+                    adjacency=cast(Any, adjacency),
+                    epsilon=_real("--epsilon", each),
+                    delta=cast(float, delta),
+                    clients=_integer("--clients", count),
+                    rounds=rounds,
+                    sampling_probability=sampling_probability,
+                    rank=rank,
+                )
+                for each in str(epsilon).split(",")
+                for count in str(clients).split(",")
+            ]
+        if plot is not None:
+            from nblora.merging.figures import plot_plans
+
+            plot_plans(plans, plot)
+        account = None
+        if ledger is not None:
+            from nblora.privacy import account_of
+
+            account = account_of(ledger)
+    if json:
+        from nblora.checkpoints.tables import json_text
+
+        whole = {"plans": [plan.content() for plan in plans], "ledger": account and asdict(account)}
+        typer.echo(json_text(whole))
+        return
+    if plans:
+        _print_plans(plans)
+    if plot is not None:
+        typer.echo(f"Drew {plot}.")
+    if account is not None:
+        typer.echo(f"{ledger}: {account.summary}")
+
+
+def _expected(
+    shapes: list[str] | None,
+    reference: str | None,
+    bound: float | None,
+    norm: str,
+    rank: int | None,
+    component: str | None,
+) -> tuple[dict[str, float], dict[str, tuple[int, int]]]:
+    """What clients' Frobenius norms are at most, and the shapes of layers."""
+    if reference is not None:
+        if shapes:
+            raise ValueError(f"--shape must not be given with --reference, got --shape {shapes[0]}")
+        from nblora.merging import public_layers
+
+        public = public_layers(reference, bound=bound, norm=_norm(norm), component=component)
+        return public.frobenius, public.shapes
+    if bound is None:
+        raise ValueError("--shape needs --bound")
+    from nblora.bounds import parse_norm
+    from nblora.privacy import frobenius_bound
+
+    bounds, sizes = {}, {}
+    for number, text in enumerate(shapes or (), start=1):
+        sides = text.lower().replace("×", "x").split("x")
+        if len(sides) != 2:
+            raise ValueError(f"--shape must be MxN, got {text!r}")
+        m, n = (_integer("--shape", side) for side in sides)
+        sizes[f"{number}"] = (m, n)
+        most = min(m, n) if rank is None else min(rank, m, n)
+        bounds[f"{number}"] = frobenius_bound(parse_norm(_norm(norm)), bound, most)
+    return bounds, sizes
+
+
+def _integer(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"{option} must be of integers, got {text!r}") from error
+
+
+def _print_plans(plans: Sequence[Plan]) -> None:
+    from nblora.privacy import SNR_IN_WORDS
+    from nblora.privacy.planning import layer_rows, plan_rows
+
+    first = plans[0]
+    sampled = first.sampling_probability < 1
+    _print_rows(
+        plan_rows(plans),
+        f"Private mean under {first.adjacency}, delta {first.delta:g}, of {len(first.layers)} layers"
+        + (f", each client drawn with probability {first.sampling_probability:g}" if sampled else ""),
+    )
+    if len(plans) == 1 and len(first.layers) > 1:
+        _print_rows(layer_rows(first), "Layer by layer")
+    typer.echo(SNR_IN_WORDS)
+    if sampled:
+        typer.echo("The denominator is the expected number of clients that are drawn.")
+
+
+@app.command()
 def complete(
     source: Annotated[
         Path,
@@ -454,23 +851,28 @@ def _print_report(report: CutReport, json: bool, title: str, done: str) -> None:
 
 
 def _print_rows(
-    rows: Sequence[tuple[str, ...]], title: str, styles: Sequence[str | None] | None = None
+    rows: Sequence[tuple[str, ...]],
+    title: str,
+    styles: Sequence[str | None] | None = None,
+    *,
+    error: bool = False,
 ) -> None:
     """A table; aligned plain text where the output is a file or a pipe.
 
     Args:
         styles: of the rows below the heading.
+        error: whether to print on standard error.
     """
-    console = Console()
+    console = Console(stderr=error)
     if not console.is_terminal:
         from nblora.checkpoints.tables import text_table
 
-        typer.echo(f"{title}\n\n{text_table(rows)}\n")
+        typer.echo(f"{title}\n\n{text_table(rows)}\n", err=error)
         return
     heading, *others = rows
     table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in heading:
-        folds = name in ("layer", "why")
+        folds = name in ("layer", "why", "adapter")
         table.add_column(name, overflow="fold", no_wrap=not folds, min_width=16 if folds else None)
     for row, style in zip(others, styles or [None] * len(others), strict=True):
         table.add_row(*map(escape, row), style=style)

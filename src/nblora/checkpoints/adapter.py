@@ -164,6 +164,16 @@ class BoundedFile:
         with self._errors():
             return _bounded_layer(self.config, name, part, 1.0, name in self.embeddings)
 
+    def bounds(self, name: str) -> tuple[float, ...]:
+        """The absolute bounds of one layer, one for each matrix, without computing its update.
+
+        Raises:
+            AdapterError: if they cannot be read, or are negative.
+        """
+        radius = self.tensors.read(self.parts[name]["radius"])
+        with self._errors():
+            return _absolute_bounds(self.config, name, radius)
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Errors that say which file."""
@@ -356,19 +366,25 @@ def _bounded_layer(
     )
     kernel = tuple(part["in"].shape[len(batch) + 2 :])
     radius = part["radius"].detach()
-    if bool((radius < 0).any()):
-        raise AdapterError(f"the radius of layer {name!r} must not be negative, got {radius.tolist()!r}")
+    bounds = _absolute_bounds(config, name, radius)
     with torch.no_grad():
         update = method.update(free, radius)
         update = LowRank(update.left * scale, update.right) if scale != 1 else update
+    return BoundedLayer(
+        update, method.norm, tuple(abs(scale) * bound for bound in bounds), scale, kernel, embedding
+    )
+
+
+def _absolute_bounds(config: NBLoraConfig, name: str, radius: Tensor) -> tuple[float, ...]:
+    """The bounds of a layer with this radius () or radii (E,)."""
+    if bool((radius < 0).any()):
+        raise AdapterError(f"the radius of layer {name!r} must not be negative, got {radius.tolist()!r}")
     bounds = radius.flatten().tolist()
     if config.bound_kind == "absolute":  # promised in the configuration; a radius above it breaks the promise
         stated = [_promised(config, name, bound) for bound in bounds]
         # of experts the configuration can state only the largest
-        bounds = [min(pair) for pair in zip(stated, bounds)] if batch else stated
-    return BoundedLayer(
-        update, method.norm, tuple(abs(scale) * bound for bound in bounds), scale, kernel, embedding
-    )
+        bounds = [min(pair) for pair in zip(stated, bounds)] if radius.ndim else stated
+    return tuple(bounds)
 
 
 def _promised(config: NBLoraConfig, name: str, radius: float) -> float:
@@ -382,21 +398,37 @@ def _promised(config: NBLoraConfig, name: str, radius: float) -> float:
     return next((bound for bound in stated if radius <= bound * (1 + TOLERANCE)), stated[-1])
 
 
-def _exported(file: LoraFile) -> Adapter:
-    """The layers of a plain LoRA that `export_lora` wrote, with the bounds that it noted."""
+def noted_bounds(file: LoraFile) -> tuple[Norm, dict[str, tuple[float, ...]]] | None:
+    """The norm, and the absolute bounds by the full names of layers, that we noted in a plain LoRA.
+
+    Returns:
+        None where nothing is noted.
+
+    Raises:
+        AdapterError: if what is noted is damaged.
+    """
     path = file.tensors.path
     if BOUNDS_KEY not in file.tensors.metadata:
-        raise AdapterError(f"{path}: a plain LoRA has no bounds to certify, unless nblora exported it")
+        return None
     try:
         noted = parse_json(file.tensors.metadata[BOUNDS_KEY])
         norm = parse_norm(noted["norm"])
-        bounds = {name: _noted_bounds(bound) for name, bound in noted["bounds"].items()}
+        bounds = {name: _one_or_more(bound) for name, bound in noted["bounds"].items()}
         if not bounds:
             raise ValueError("it has no bounds")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(
             f"{path}: the metadata entry {BOUNDS_KEY!r} is damaged: {one_line(error)}"
         ) from error
+    return norm, bounds
+
+
+def _exported(file: LoraFile) -> Adapter:
+    """The layers of a plain LoRA that `export_lora` wrote, with the bounds that it noted."""
+    path, noted = file.tensors.path, noted_bounds(file)
+    if noted is None:
+        raise AdapterError(f"{path}: a plain LoRA has no bounds to certify, unless nblora exported it")
+    norm, bounds = noted
     layers = {}
     for layer in file.layers:
         name = layer.full_name
@@ -415,7 +447,7 @@ def _exported(file: LoraFile) -> Adapter:
     return Adapter(file.config, layers, others)
 
 
-def _noted_bounds(value: float | list[float]) -> tuple[float, ...]:
+def _one_or_more(value: float | list[float]) -> tuple[float, ...]:
     """One bound, or one for each expert."""
     bounds = tuple(float(bound) for bound in (value if isinstance(value, list) else [value]))
     if not all(0 <= bound < math.inf for bound in bounds):

@@ -107,6 +107,7 @@ class BaseWeights:
 
     def __init__(self, base: nn.Module | PathLike, component: str | None = None) -> None:
         self.tensors: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
+        self.files: dict[str, TensorFile] = {}
         self.in_order = False
         self.loadable: Path | None = None
         self.index = _Index()
@@ -126,6 +127,7 @@ class BaseWeights:
         for tensors in map(TensorFile, files):
             for key, entry in tensors.entries.items():
                 self.tensors[key] = (entry.shape, partial(tensors.read, key))
+                self.files[key] = tensors
         self.index = _Index(self.tensors)
         if (path / "config.json").is_file():
             self.loadable = path
@@ -158,6 +160,21 @@ class BaseWeights:
     def module_name(self, place: Place) -> str:
         """The name of a layer's module in the base, also where the layout flattens names."""
         return self._weights(place)[0].rpartition(".")[0]
+
+    def stored(self, place: Place) -> tuple[TensorFile, str]:
+        """The file that has a layer's base weight, and the name of the weight there.
+
+        Raises:
+            AdapterError: if there is no such weight, it does not fit the layer, or its file has it under
+                another name or not as a tensor of its own.
+        """
+        key = self._weights(place)[0]
+        if key not in self.files:
+            raise AdapterError(
+                f"{self.source} must have the weight of layer {place.name!r} in a file of its own under the "
+                f"name that it has in the model, got no {key!r}"
+            )
+        return self.files[key], key
 
     def norms(self, place: Place) -> list[float]:
         """The spectral norm of a layer's base weight, one for each expert.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nblora.checkpoints.inspection import Inspection
 from nblora.checkpoints.storage import AdapterError, PathLike, atomic_file, one_line
@@ -21,14 +22,8 @@ def plot_spectra(inspections: Sequence[Inspection], file: PathLike) -> None:
     Raises:
         AdapterError: if it cannot be written, or its suffix is another.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    suffix = Path(file).suffix.removeprefix(".").lower()
-    if suffix not in ("png", "pdf", "svg"):
-        raise AdapterError(f"a plot must be a .png, .pdf or .svg file, got {file}")
-    figure = Figure(figsize=(12, 5 * len(inspections)), layout="constrained")
-    FigureCanvasAgg(figure)
+    check_plot(file)
+    figure = blank_figure(12, 5 * len(inspections))
     for (curves, bars), inspection in zip(
         figure.subplots(len(inspections), 2, squeeze=False), inspections, strict=True
     ):
@@ -53,6 +48,34 @@ def plot_spectra(inspections: Sequence[Inspection], file: PathLike) -> None:
             text.set_parse_math(False)
         what = "spectral norm / that of the base weight" if inspection.relative else "spectral norm"
         bars.set(title="most dangerous layers", xlabel=what)
+    save_figure(figure, file)
+
+
+def check_plot(file: PathLike) -> str:
+    """The format of a plot, by the suffix of its file: png, pdf or svg."""
+    suffix = Path(file).suffix.removeprefix(".").lower()
+    if suffix not in ("png", "pdf", "svg"):
+        raise AdapterError(f"a plot must be a .png, .pdf or .svg file, got {file}")
+    return suffix
+
+
+def blank_figure(width: float, height: float) -> Any:
+    """A matplotlib figure without pyplot, whose state the caller would share; sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, file: PathLike) -> None:
+    """Write a figure, whole or not at all.
+
+    Raises:
+        AdapterError: if it cannot be written, or its suffix is another than .png, .pdf and .svg.
+    """
+    suffix = check_plot(file)
     try:
         with atomic_file(file) as temporary:
             figure.savefig(temporary, format=suffix, dpi=110)

@@ -329,11 +329,8 @@ def _layer(
 
 
 def _alpha(file: TensorFile, key: str) -> float:
-    tensor = file.read(key)
-    if tensor.numel() != 1 or not math.isfinite(tensor.item()):
-        raise _error(
-            file,
-            f"must have one finite number in {key!r}, got {tensor.flatten()[:3].tolist()} of shape "
-            f"{tuple(tensor.shape)}",
-        )
-    return float(tensor.item())
+    shape = file.entries[key].shape
+    number = file.read(key).item() if math.prod(shape) == 1 else math.nan  # nothing larger is read
+    if not math.isfinite(number):
+        raise _error(file, f"must have one finite number in {key!r}, got {number} of shape {shape}")
+    return float(number)

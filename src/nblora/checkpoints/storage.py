@@ -181,7 +181,10 @@ class TensorWriter:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A fresh folder whose files move into `target` once all of them are written."""
+    """A fresh folder that becomes `target`, or whose files move into it, once all of them are written.
+
+    A target that is new appears in one step; in one that is there each file is replaced in one step.
+    """
     if target.exists() and not target.is_dir():
         raise AdapterError(f"the folder to write must not be a file, got {target}")
     made: Path | None = None
@@ -190,7 +193,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         made = target.parent / f".{target.name}-{secrets.token_hex(4)}"
         made.mkdir()
         yield made
-        target.mkdir(exist_ok=True)
+        if not target.exists():
+            os.rename(made, target)
+            return
         files = list(made.iterdir())
         for file in files:  # before the first of them moves
             _check_replaceable(target / file.name)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,31 +13,25 @@ from typing import Any, Literal
 
 import torch
 from peft.utils import merge_utils
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nblora.bounds import Norm, parse_norm
 from nblora.checkpoints.base import BaseWeights
 from nblora.checkpoints.clipping import Advance, BoundKind, check_bound
 from nblora.checkpoints.layouts import Layout
-from nblora.checkpoints.storage import AdapterError, PathLike, TensorFile, TensorWriter, atomic_folder
+from nblora.checkpoints.storage import AdapterError, PathLike, atomic_folder
 from nblora.checkpoints.writing import (
-    FileNames,
-    PeftNames,
-    bounds_metadata,
     check_apart,
     check_component,
     checked_layout,
     checked_rank,
     export_dtype,
-    exported_file,
-    padded,
-    plain_config,
     rounded,
 )
 from nblora.lowrank import LowRank, ThinSVD
 from nblora.merging.report import Merged, MergeReport
-from nblora.merging.sources import Slot, common_options, match, open_source, weighted_sum
+from nblora.merging.sources import Slot, check_paths, common_options, match, open_source, weighted_sum
+from nblora.merging.writing import LoraWriter, names_in
 
 MergeMethod = Literal["exact", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 Combine = Callable[[list[Tensor], Tensor, float], Tensor]
@@ -113,8 +105,7 @@ def merge_adapters(
             written.
         ValueError: for options outside their rules.
     """
-    if isinstance(adapters, (str, os.PathLike)) or not adapters:
-        raise ValueError(f"adapters must be a sequence of one or more paths, got adapters={adapters!r}")
+    check_paths(adapters)
     job = _Job(
         weights=_checked_weights(weights, len(adapters), method),
         rank=_checked_limit(rank),
@@ -133,62 +124,32 @@ def merge_adapters(
     for path in adapters:
         check_apart(Path(path), Path(out))
     slots = match(sources, component)
-    names = _names(slots, layout)
     bases = {} if base is None else {c: BaseWeights(base, c) for c in {slot.component for slot in slots}}
-    slots = [_placed(slot, bases.get(slot.component), layout) for slot in slots]
+    names_in(slots, layout)  # refuses what is missing for names
+    slots = [placed(slot, bases.get(slot.component), layout) for slot in slots]
     options = common_options(sources, slots) if layout == "peft" else None
     layers: list[Merged] = []
-    radii: list[list[float] | None] = []
+    radii: list[Sequence[float]] = []
     with atomic_folder(Path(out)) as folder, _seeded(seed):
-        parts = folder / ".parts"
-        parts.mkdir()
+        writer = LoraWriter(folder, slots, layout, job.dtype)
         for index, slot in enumerate(slots):
-            radii.append(job.radii(slot, bases.get(slot.component)))
-            layers += job.merge(slot, radii[-1], _part(parts, index))
+            bounds = job.radii(slot, bases.get(slot.component))
+            radii += [] if bounds is None else [bounds]
+            layers += job.merge(slot, bounds, writer)
             if advance is not None:
                 advance(index + 1, len(slots))
-        file_rank = max(layer.rank for layer in layers)
-        metadata = {"format": "pt"}
-        if bound is not None:
-            noted = {
-                names[slot.component].noted(slot.name): bounds if slot.form.experts else bounds[0]
-                for slot, bounds in zip(slots, radii)
-                if bounds is not None
-            }
-            metadata |= bounds_metadata(job.norm, noted)
-        _assemble(exported_file(folder, layout), parts, slots, names, file_rank, job.dtype, metadata)
-        shutil.rmtree(parts)
-        if options is not None:
-            plain_config(file_rank, **options).save_pretrained(folder)
+        writer.finish(job.norm, radii or None, options)
     return MergeReport(
         job.norm.name,
         method,
         tuple(source.path for source in sources),
         job.weights,
-        file_rank,
+        writer.rank,
         tuple(layers),
     )
 
 
-Names = PeftNames | FileNames
-
-
-def _names(slots: Sequence[Slot], layout: Layout) -> dict[str | None, Names]:
-    """How the layout names the layers of each component."""
-    components = sorted({slot.component or "" for slot in slots})
-    if layout == "peft":
-        if len(components) > 1:
-            raise ValueError(f"component must be one of {components} in PEFT's layout, got component=None")
-        return {name or None: PeftNames() for name in components}
-    if "" in components:
-        raise ValueError(
-            "component must name the component of the pipeline (unet, transformer, text_encoder, ...) in the "
-            f"layout {layout!r} where no adapter does, got component=None"
-        )
-    return {name: FileNames(layout, name) for name in components}
-
-
-def _placed(slot: Slot, weights: BaseWeights | None, layout: Layout) -> Slot:
+def placed(slot: Slot, weights: BaseWeights | None, layout: Layout) -> Slot:
     """The layer under its name in the base model, as far as the layout has to tell it."""
     found = None if weights is None else weights.module_name(slot.place)  # refuses what does not fit
     if not slot.flattened or layout == "kohya":
@@ -199,10 +160,6 @@ def _placed(slot: Slot, weights: BaseWeights | None, layout: Layout) -> Slot:
             f"base, got base=None and {slot.name!r} in {slot.file}"
         )
     return replace(slot, name=found, flattened=False)
-
-
-def _part(folder: Path, index: int) -> Path:
-    return folder / f"{index}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -227,26 +184,20 @@ class _Job:
         assert weights is not None
         return [float(self.bound) * norm for norm in weights.norms(slot.place)]
 
-    def merge(self, slot: Slot, radii: Sequence[float] | None, part: Path) -> list[Merged]:
-        """Combine the updates of one layer, and leave the factors in a file of their own.
+    def merge(self, slot: Slot, radii: Sequence[float] | None, writer: LoraWriter) -> list[Merged]:
+        """Combine the updates of one layer, and write it.
 
         A function of its own, so that the factors of the layer before are gone.
         """
-        tensors: dict[str, Tensor] = {}
-        done = []
+        done, factors = [], []
         totals = weighted_sum(slot, self.weights) if self.combine is None else self._combined(slot)
         bounds: Sequence[float | None] = radii or [None] * len(slot.labels)
         for label, bound, total in zip(slot.labels, bounds, totals):
             _check_finite(total.left, label)
-            before, factors = self._reduced(slot, total, bound)
-            written = rounded(factors, self.norm, bound, self.dtype, label)
-            done.append(_merged(label, slot, written, bound, before, self.norm))
-            side = len(done)
-            tensors |= {
-                f"left.{side}": written.left.contiguous(),
-                f"right.{side}": written.right.contiguous(),
-            }
-        save_file(tensors, part)
+            before, reduced = self._reduced(slot, total, bound)
+            factors.append(rounded(reduced, self.norm, bound, self.dtype, label))
+            done.append(_merged(label, slot, factors[-1], bound, before, self.norm))
+        writer.add(factors)
         return done
 
     def _combined(self, slot: Slot) -> Iterator[LowRank]:
@@ -319,42 +270,6 @@ def _merged(
     )
 
 
-def _assemble(
-    file: Path,
-    parts: Path,
-    slots: Sequence[Slot],
-    names: dict[str | None, Names],
-    rank: int,
-    dtype: torch.dtype,
-    metadata: dict[str, str],
-) -> None:
-    """Write the layers into one file with one rank, reading one of them at a time."""
-    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for slot in slots:
-        m, n = slot.form.shape
-        empty = LowRank(*(torch.empty(shape, dtype=dtype, device="meta") for shape in ((m, rank), (rank, n))))
-        tensors = names[slot.component].tensors(slot.name, slot.form, [empty] * len(slot.labels))
-        if repeated := entries.keys() & tensors.keys():
-            raise AdapterError(
-                f"layers must have different names in the layout, got {min(repeated)!r} of {slot.name!r} and "
-                "of another one"
-            )
-        entries |= {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    with TensorWriter(file, entries, metadata) as writer:
-        for index, slot in enumerate(slots):
-            _write_layer(writer, TensorFile(_part(parts, index)), slot, names[slot.component], rank)
-            _part(parts, index).unlink()
-
-
-def _write_layer(writer: TensorWriter, part: TensorFile, slot: Slot, names: Names, rank: int) -> None:
-    factors = [
-        padded(LowRank(part.read(f"left.{i}"), part.read(f"right.{i}")), rank)
-        for i in range(1, len(slot.labels) + 1)
-    ]
-    for key, tensor in names.tensors(slot.name, slot.form, factors).items():
-        writer.write(key, tensor)
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Random numbers of PyTorch from a seed, and afterwards as if none had been drawn."""
@@ -367,7 +282,7 @@ def _checked_weights(weights: Any, count: int, method: str) -> tuple[float, ...]
     if weights is None:
         return (1.0 if method in _AVERAGING else 1 / count,) * count
     try:
-        found = tuple(map(float, weights))
+        found = () if isinstance(weights, (str, bytes)) else tuple(map(float, weights))
     except (TypeError, ValueError):
         found = ()
     if len(found) != count or not all(map(math.isfinite, found)):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from peft import LoraConfig
 
-from nblora.checkpoints.adapter import BoundedFile, frozen_keys, is_ours, open_nblora
+from nblora.bounds import Norm, parse_norm
+from nblora.checkpoints.adapter import BoundedFile, frozen_keys, is_ours, noted_bounds, open_nblora
 from nblora.checkpoints.base import Place
 from nblora.checkpoints.layouts import PEFT_PREFIX, Form, Layout, LoraLayer, adapted_parameters
 from nblora.checkpoints.lora import FURTHER_OPTIONS, LoraFile, open_lora
@@ -33,6 +35,8 @@ class Term:
         rank: k.
         parameters: full names of the parameters that are adapted there, where it is not a module's weight.
         read: reads scale B A, in float64, one for each expert.
+        noted: reads the norm and the absolute bounds that the file notes, one for each expert; None where it
+            notes none.
     """
 
     component: str | None
@@ -41,6 +45,7 @@ class Term:
     rank: int
     parameters: tuple[str, ...]
     read: Callable[[], list[LowRank]]
+    noted: Callable[[], tuple[Norm, tuple[float, ...]] | None]
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,12 @@ class Slot:
         )
 
 
+def check_paths(adapters: Any) -> None:
+    """Refuse what is no list of adapters."""
+    if isinstance(adapters, (str, os.PathLike)) or not adapters:
+        raise ValueError(f"adapters must be a sequence of one or more paths, got adapters={adapters!r}")
+
+
 def open_source(path: PathLike) -> Source:
     """Read what a saved adapter says of itself, without its tensors.
 
@@ -127,8 +138,22 @@ def _of_nblora(file: BoundedFile) -> Source:
         form, rank = file.form(name)
         parameters = tuple(adapted_parameters(file.config.target_parameters, name))
         form = replace(form, experts=None) if form.experts == 1 else form
-        terms.append(Term(None, name, form, rank, parameters, partial(_read_nblora, file, name)))
+        terms.append(
+            Term(
+                None,
+                name,
+                form,
+                rank,
+                parameters,
+                partial(_read_nblora, file, name),
+                partial(_noted_nblora, file, name),
+            )
+        )
     return Source(path, "peft", file.config, tuple(terms))
+
+
+def _noted_nblora(file: BoundedFile, name: str) -> tuple[Norm, tuple[float, ...]]:
+    return parse_norm(file.config.norm), file.bounds(name)
 
 
 def _read_nblora(file: BoundedFile, name: str) -> list[LowRank]:
@@ -150,10 +175,22 @@ def _of_lora(file: LoraFile) -> Source:
             )
     frozen = frozen_keys((layer.name for layer in file.layers), getattr(file.config, "bias", "none"))
     _refuse_others(path, (key for key in file.others if key.removeprefix(PEFT_PREFIX) not in frozen))
-    return Source(path, file.layout, file.config, tuple(_lora_term(file, layer) for layer in file.layers))
+    noted = cache(partial(noted_bounds, file))
+    terms = tuple(_lora_term(file, layer, noted) for layer in file.layers)
+    return Source(path, file.layout, file.config, terms)
 
 
-def _lora_term(file: LoraFile, layer: LoraLayer) -> Term:
+def _lora_term(
+    file: LoraFile,
+    layer: LoraLayer,
+    all_noted: Callable[[], tuple[Norm, dict[str, tuple[float, ...]]] | None],
+) -> Term:
+    def noted() -> tuple[Norm, tuple[float, ...]] | None:
+        found = all_noted()
+        if found is None or layer.full_name not in found[1]:
+            return None
+        return found[0], found[1][layer.full_name]
+
     targets = None if file.config is None else file.config.target_parameters
     parameters = tuple(adapted_parameters(targets, layer.name))
     return Term(
@@ -163,6 +200,7 @@ def _lora_term(file: LoraFile, layer: LoraLayer) -> Term:
         layer.rank,
         parameters,
         lambda: list(file.updates(layer)),
+        noted,
     )
 
 

@@ -15,17 +15,32 @@ from nblora.privacy.gaussian import (
     gaussian_noise_multiplier,
 )
 from nblora.privacy.ledger import BudgetExceeded, PrivacyLedger, Release, Spent
-from nblora.privacy.release import ClientReport, PrivateMean, private_mean
+from nblora.privacy.planning import (
+    SNR_IN_WORDS,
+    Account,
+    NoisyLayer,
+    Plan,
+    account_of,
+    plan_release,
+    round_mu,
+)
+from nblora.privacy.release import ClientReport, PrivateMean, ReleaseLost, private_mean
 from nblora.privacy.sensitivity import frobenius_bound, sensitivity, split_noise
 
 __all__ = [
+    "SNR_IN_WORDS",
+    "Account",
     "Adjacency",
     "BudgetExceeded",
     "ClientReport",
+    "NoisyLayer",
+    "Plan",
     "PrivacyLedger",
     "PrivateMean",
     "Release",
+    "ReleaseLost",
     "Spent",
+    "account_of",
     "compose",
     "compose_subsampled",
     "frobenius_bound",
@@ -33,7 +48,9 @@ __all__ = [
     "gaussian_epsilon",
     "gaussian_mu",
     "gaussian_noise_multiplier",
+    "plan_release",
     "private_mean",
+    "round_mu",
     "sample_clients",
     "sensitivity",
     "split_noise",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 Adjacency = Literal["add-remove", "replace-one"]
@@ -69,6 +70,22 @@ def check_count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {name}={value!r}")
     return int(value)
+
+
+def check_shapes(
+    bounds: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, int]]:
+    """(m, n) of each layer, in the order of its bounds."""
+    if not bounds or set(bounds) != set(shapes):
+        raise ValueError(
+            "bounds and shapes must name the same layers, at least one, "
+            f"got bounds for {sorted(bounds)} and shapes for {sorted(shapes)}"
+        )
+    sizes = {}
+    for name in bounds:
+        m, n = shapes[name]
+        sizes[name] = (check_count("m", m), check_count("n", n))
+    return sizes
 
 
 def dp_accounting() -> Any:

@@ -15,12 +15,12 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from nblora.privacy._checks import (
     Adjacency,
@@ -311,6 +311,8 @@ class PrivacyLedger:
             yield
 
 
-def as_ledger(ledger: PrivacyLedger | str | os.PathLike[str]) -> PrivacyLedger:
-    """A ledger, opened where only its path was given."""
-    return ledger if isinstance(ledger, PrivacyLedger) else PrivacyLedger(cast("str", ledger))
+def as_ledger(ledger: PrivacyLedger | str | os.PathLike[str] | Callable[[], PrivacyLedger]) -> PrivacyLedger:
+    """A ledger, opened where only its path, or what opens it, was given."""
+    if callable(ledger):
+        return ledger()
+    return ledger if isinstance(ledger, PrivacyLedger) else PrivacyLedger(ledger)

@@ -27,14 +27,14 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nblora.bounds import Norm
+from nblora.bounds import Norm, Schatten
 from nblora.lowrank import LowRank
 from nblora.privacy._checks import (
     Adjacency,
@@ -45,6 +45,7 @@ from nblora.privacy._checks import (
     check_epsilon,
     check_mu,
     check_probability,
+    check_shapes,
 )
 from nblora.privacy.gaussian import gaussian_epsilon, gaussian_mu
 from nblora.privacy.ledger import PrivacyLedger, as_ledger
@@ -75,7 +76,8 @@ class ClientReport:
             counted as zero; "absent": nothing came, counted as zero.
         reason: in words, empty where accepted.
         norms: the measured Frobenius norm of each layer that could be measured, before any scaling.
-        missing: layers that the client did not send; they count as zero.
+        missing: layers that the client did not send, or that could be read only the first time; they count
+            as zero.
     """
 
     index: int
@@ -92,7 +94,8 @@ class PrivateMean:
     All but `clients` may be published, which is why `repr` leaves those out.
 
     Attributes:
-        updates: for each layer the merged update, dense (m, n), or LowRank if a rank was asked for.
+        updates: for each layer the merged update, dense (m, n), or LowRank if a rank was asked for; empty
+            where `receive` got them.
         tau: standard deviation of the noise on each entry of a layer's dense merged update.
         sensitivities: how far one client can move each layer.
         mu: of all layers together; with sampling, as if there were none.
@@ -116,6 +119,13 @@ class PrivateMean:
     secure: bool
     release: str | None
     clients: tuple[ClientReport, ...] = field(repr=False)
+
+
+class ReleaseLost(Exception):
+    """A release was charged to its ledger and then not completed: the budget stays spent.
+
+    `__cause__` says why.
+    """
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,9 @@ def private_mean(
     project: tuple[Norm, float | Mapping[str, float]] | None = None,
     dtype: torch.dtype = torch.float32,
     rng: int | np.random.Generator | None = None,
-    ledger: PrivacyLedger | str | os.PathLike[str] | None = None,
+    ledger: PrivacyLedger | str | os.PathLike[str] | Callable[[], PrivacyLedger] | None = None,
+    receive: Callable[[str, LowRank | Tensor], None] | None = None,
+    advance: Callable[[int, int], None] | None = None,
 ) -> PrivateMean:
     """Merge clients' updates so that the result says little about any one client.
 
@@ -160,7 +172,8 @@ def private_mean(
 
     Args:
         updates: one mapping {layer: LowRank (m, k), (k, n) or dense (m, n)} per client, None for one that is
-            absent. A client that appears twice is protected half as well.
+            absent. A client that appears twice is protected half as well. A mapping may read what it gives
+            when it is asked: that is twice, to measure it and to add it.
         bounds: for each layer, what a client's Frobenius norm is at most (`frobenius_bound`); 0 for a layer
             that stays zero.
         shapes: (m, n) of the same layers.
@@ -182,13 +195,18 @@ def private_mean(
         dtype: of the result.
         rng: None takes the system's randomness. A seed or generator makes the noise reproducible, by
             those who know it as well: a warning says so, and the ledger.
-        ledger: or its path: the release is charged to it before the noise is drawn.
+        ledger: or its path, or what opens it once all else is checked: the release is charged to it before
+            the noise is drawn.
+        receive: called with the name and the merged update of each layer, in the order of `bounds`, as soon
+            as there is one, so that a single layer is in memory.
+        advance: called with the steps done and their number, which is that of clients and layers.
 
     Returns:
         The merged update and what it cost; see `PrivateMean` for what of it is private.
 
     Raises:
         BudgetExceeded: if the ledger cannot pay for it; nothing is released.
+        ReleaseLost: if anything fails after the ledger was charged.
         ValueError, TypeError: for public arguments that break a rule. Never because of what a client sent.
         ImportError: if dp-accounting is missing and `epsilon` was given.
 
@@ -223,16 +241,18 @@ def private_mean(
     layers, sensitivities = _layers(bounds, shapes, adjacency, n_total, weights, share, mu)
     radii = _radii(project, bounds)
     spent = mu_of([sensitivities[layer.name] for layer in layers], [layer.tau for layer in layers])
-    book = None if ledger is None else as_ledger(ledger)
     draw = _normal_from_system if rng is None else _normal_from_seed(rng)
+    book = None if ledger is None else as_ledger(ledger)
 
-    clients = tuple(_inspect(index, update, layers, on_excess) for index, update in enumerate(updates))
+    step = advance or (lambda done, total: None)
+    steps = len(updates) + len(layers)
+    clients = []
+    for index, update in enumerate(updates):
+        clients.append(_inspect(index, update, layers, on_excess))
+        step(index + 1, steps)
     factors = [1.0] * len(updates) if weights is None else [weight / share for weight in weights]
-    usable = [
-        (update, factor)
-        for update, factor, client in zip(updates, factors, clients)
-        if update is not None and client.status in ("accepted", "projected")
-    ]
+    used = [client.index for client in clients if client.status in ("accepted", "projected")]
+    usable = [(update, factors[index]) for index in used if (update := updates[index]) is not None]
     _log(clients)
 
     release = None
@@ -252,13 +272,28 @@ def private_mean(
             },
         )
     merged: dict[str, LowRank | Tensor] = {}
-    for layer in layers:
-        noised = _noised_sum(layer, usable, draw) * share
-        merged[layer.name] = _processed(
-            noised, rank, project[0] if project else None, radii.get(layer.name), dtype
-        )
-    if book is not None and release is not None:
-        book.confirm(release)
+    hand_over = merged.__setitem__ if receive is None else receive
+    try:
+        for done, layer in enumerate(layers, start=len(updates) + 1):
+            gone: list[int] = []
+            noised = _noised_sum(layer, usable, draw, gone.append) * share
+            for position in gone:
+                client = clients[used[position]]
+                clients[client.index] = replace(client, missing=(*client.missing, layer.name))
+            hand_over(
+                layer.name,
+                _processed(noised, rank, project[0] if project else None, radii.get(layer.name), dtype),
+            )
+            step(done, steps)
+        if book is not None and release is not None:
+            book.confirm(release)
+    except Exception as error:
+        if release is None:
+            raise
+        raise ReleaseLost(
+            f"release {release} was not completed, and its budget stays spent: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return PrivateMean(
         updates=merged,
         tau={layer.name: layer.tau for layer in layers},
@@ -270,7 +305,7 @@ def private_mean(
         sampling_probability=probability,
         secure=rng is None,
         release=release,
-        clients=clients,
+        clients=tuple(clients),
     )
 
 
@@ -286,16 +321,8 @@ def _layers(
     share: float,
     mu: float,
 ) -> tuple[list[_Layer], dict[str, float]]:
-    if not bounds or set(bounds) != set(shapes):
-        raise ValueError(
-            "bounds and shapes must name the same layers, at least one, "
-            f"got bounds for {sorted(bounds)} and shapes for {sorted(shapes)}"
-        )
+    sizes = check_shapes(bounds, shapes)
     names = list(bounds)
-    sizes = {}
-    for name in names:
-        m, n = shapes[name]
-        sizes[name] = (check_count("m", m), check_count("n", n))
     deltas = sensitivity(
         [bounds[name] for name in names], adjacency=adjacency, n_total=n_total, weights=weights
     )
@@ -404,18 +431,38 @@ def _log(clients: Sequence[ClientReport]) -> None:
 
 
 def _noised_sum(
-    layer: _Layer, usable: Sequence[tuple[Update, float]], draw: Callable[[int], Tensor]
+    layer: _Layer,
+    usable: Sequence[tuple[Update, float]],
+    draw: Callable[[int], Tensor],
+    gone: Callable[[int], None] = lambda position: None,
 ) -> Tensor:
-    """(m, n) in float64: sum of factor * update plus noise. Note [Sums on a grid]."""
+    """(m, n) in float64: sum of factor * update plus noise. Note [Sums on a grid].
+
+    Args:
+        gone: called with the position of an update that has the layer no longer; it counts as zero there.
+    """
     total = torch.zeros(layer.shape, dtype=torch.int64)
-    for update, factor in usable:
-        if layer.name in update:
-            total += _steps(_dense(update[layer.name], layer), layer, factor)
+    for position, (update, factor) in enumerate(usable):
+        steps = _read_steps(update, layer, factor)
+        if steps is None:
+            gone(position)
+        else:
+            total += steps
     total = total.flatten()
     for start in range(0, total.numel(), _CHUNK):
         chunk = total[start : start + _CHUNK]  # a view
         chunk += (draw(chunk.numel()) * (layer.deviation / layer.grid)).round().to(torch.int64)
     return total.double().reshape(layer.shape) * layer.grid
+
+
+def _read_steps(update: Update, layer: _Layer, factor: float) -> Tensor | None:
+    """factor * update on the grid; None where an update that could be read before cannot be any more."""
+    try:
+        if layer.name not in update:
+            return torch.zeros(layer.shape, dtype=torch.int64)
+        return _steps(_dense(update[layer.name], layer), layer, factor)
+    except Exception:  # Note [Nothing that clients do stops a release]
+        return None
 
 
 def _steps(dense: Tensor, layer: _Layer, factor: float) -> Tensor:
@@ -466,6 +513,9 @@ def _processed(
     dtype: torch.dtype,
 ) -> LowRank | Tensor:
     """Rank and norm of a noised matrix (m, n), which no longer look at the clients."""
+    if rank is None and isinstance(norm, Schatten) and norm.p == 2 and radius is not None:
+        size = torch.linalg.vector_norm(noised).item()  # no singular values are needed
+        noised, norm = noised * (radius / size if size > radius else 1.0), None
     if rank is None and norm is None:
         dense: Tensor = noised.to(dtype)
         return dense
