@@ -1,0 +1,1 @@
+"""Federated NB-LoRA on rotated digits: a Flower app."""
