@@ -127,7 +127,7 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     _k: int
     _share: float
     _largest: float  # in the units of the values, as all of these
-    _noise: float | None
+    _ridge: fitting.Ridge | None
     _biased: bool
     _made_once: dict[str, Any]  # what only new rows need
 
@@ -271,7 +271,7 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             k, bound = min(self._k, m, n), self.bound_
         chosen: selection.Selection | None = None
         with torch_sparse():
-            share, noise, radius = 0.1, None, None if bound is None else bound / unit
+            share, ridge, radius = 0.1, None, None if bound is None else bound / unit
             if not again and (bound is None or self.rank_selection == "two-stage"):
                 self._say("choosing the rank and the bound", watch)
                 chosen = self._select(standard, norm, k, radius, watch)
@@ -279,24 +279,27 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                     best = chosen.best
                     if radius is None:
                         radius = best.radius * (selection.ROOM if best.k < k else 1.0)
-                    k, share, noise = best.k, best.multiplier, best.rmse**2
+                    k, share, ridge = best.k, best.multiplier, best.ridge
             self._say("fitting", watch)
             watch.curve.clear()
             problem = self._problem(standard, norm, k)
-            if noise is not None:
-                problem = problem.beside(noise)
+            if ridge is not None:
+                problem = replace(problem, ridge=ridge)
             del standard
             if radius is None:  # too little data to hold any out
                 radius = _cautious_radius(problem, watch)
             if not radius > 0:
                 solved = selection.Solution.of(problem, fitting.barely(problem, 0.0, watch), share, 0.0)
             elif restart and (again or self._k == k):
-                solved = selection.resume(problem, radius, self._last_solution(problem, unit, centre), watch)
+                last = self._last_solution(problem, unit, centre)
+                if not again:  # parameters may be others
+                    last = last._replace(ridge=problem.ridge)
+                solved = selection.resume(problem, radius, last, watch)
             else:
                 solved = selection.solve(problem, radius, watch, share=share)
-        model, self._share, largest, noise = solved
+        model, self._share, largest, ridge = solved
         self._observations, self._norm, self._k, self._largest = observed, norm, k, largest * unit
-        self._noise = None if noise is None else noise * unit**2
+        self._ridge = None if ridge is None else ridge.scaled(unit**2)
         self._store(problem, model, radius, unit, centre)
         if not again:
             self._store_selection(chosen, unit)
@@ -478,8 +481,10 @@ class NBMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         )
         # a multiplier goes with the number of entries
         largest = self._largest / unit * len(problem.entries) / len(self._observations)
-        noise = self._noise / unit**2 if biased and self._noise is not None else None
-        return selection.Solution(model, self._share, largest, noise)
+        ridge = problem.ridge
+        if ridge is not None and self._ridge is not None:
+            ridge = self._ridge.scaled(unit**-2)
+        return selection.Solution(model, self._share, largest, ridge)
 
     def _store(self, problem: Problem, model: Model, radius: float, unit: float, centre: float) -> None:
         """The learned attributes, with the norm measured and below the bound."""
@@ -785,7 +790,7 @@ def _cautious_radius(problem: Problem, watch: Watch) -> float:
     if not largest > 0:
         return 0.0
     problem = replace(problem, size=float(problem.norm.value(model.sigma)))
-    model = fitting.settle(problem, model, 0.1 * largest, watch, selection.SWEEPS)
+    _, model = fitting.settle(problem, model, 0.1 * largest, watch, selection.SWEEPS, learn=True)
     return float(problem.norm.value(model.sigma))
 
 

@@ -85,24 +85,49 @@ class Ridge(NamedTuple):
     """On row and column biases, in units of the squared error.
 
     Attributes:
-        row, column: variance of an entry beside its biases, over that of the biases.
-        noise: the variance of an entry beside its biases that was assumed.
-        fitted: whether that is what a fit of Y and the biases left, and not all that biases alone leave.
+        row, column: variance of an entry beside Y and its biases, over that of the biases.
+        noise: the first of these variances.
+        alone: the variance of an entry beside biases alone; more noise is not believed.
+        fitted: whether they are what a fit of Y and the biases tells, and not what biases alone do.
     """
 
     row: float
     column: float
     noise: float
+    alone: float
     fitted: bool = False
 
-    def at(self, noise: float) -> Ridge:
-        """For what a fit left; at most what biases alone leave."""
-        share = min(noise / self.noise, 1.0) if self.noise > 0 else 1.0
+    def refitted(self, entries: Entries, model: Model, noise: float) -> Ridge:
+        """One step of expectation maximisation from a model that was fitted with this ridge.
 
-        def one(ridge: float) -> float:
-            return ridge if ridge >= NO_BIAS else max(share * ridge, FREE_BIAS)
+        The variance of biases is the mean of their squares and of what is uncertain about them, so that
+        biases that Y explains as well fade.
 
-        return Ridge(one(self.row), one(self.column), share * self.noise, fitted=True)
+        Args:
+            noise: the variance of an entry that the model leaves.
+        """
+
+        def one(ridge: float, bias: Tensor, counts: Tensor) -> float:
+            if ridge >= NO_BIAS:
+                return ridge
+            variances = bias.double().square() + self.noise / (counts.double() + ridge)
+            spread = variances[counts > 0].mean().item()
+            return min(max(noise / spread, FREE_BIAS), NO_BIAS) if spread > 0 else ridge
+
+        if not self.alone > 0:  # nothing told a mean from an entry, or means explain all
+            return self._replace(fitted=True)
+        noise = min(noise, self.alone)
+        return Ridge(
+            one(self.row, model.row_bias, entries.row_counts),
+            one(self.column, model.column_bias, entries.mT.row_counts),
+            noise,
+            self.alone,
+            fitted=True,
+        )
+
+    def scaled(self, unit: float) -> Ridge:
+        """With variances in another unit."""
+        return self._replace(noise=self.noise * unit, alone=self.alone * unit)
 
     @property
     def mT(self) -> Ridge:
@@ -201,9 +226,11 @@ class Problem:
     tol: float
     size: float = 1.0
 
-    def beside(self, noise: float) -> Problem:
-        """With ridges on biases for this variance of entries beside Y and biases."""
-        return self if self.ridge is None else replace(self, ridge=self.ridge.at(noise))
+    def learned(self, model: Model, noise: float) -> Problem:
+        """With the ridge on biases that a model, and the variance that it leaves, suggest."""
+        if self.ridge is None:
+            return self
+        return replace(self, ridge=self.ridge.refitted(self.entries, model, noise))
 
 
 class Watch:
@@ -438,16 +465,29 @@ def barely(problem: Problem, radius: float, watch: Watch) -> Model:
     return model.with_spectrum(problem.norm.project(model.sigma, model.sigma.new_tensor(radius)))
 
 
-def settle(problem: Problem, model: Model, multiplier: float, watch: Watch, sweeps: int) -> Model:
-    """Sweeps at one multiplier until they improve the squared error by less than the tolerance."""
+def settle(
+    problem: Problem, model: Model, multiplier: float, watch: Watch, sweeps: int, *, learn: bool
+) -> tuple[Problem, Model]:
+    """Sweeps at one multiplier until they improve the squared error by less than the tolerance.
+
+    Args:
+        learn: whether the ridge on biases is learned on the way; of a fitted one the spread of biases alone.
+
+    Returns:
+        the problem, with the ridge on biases that was learned, and the model.
+    """
+    known = problem.ridge is not None and problem.ridge.fitted
     model = refreshed(problem, model, multiplier, watch)
     before = math.inf
     for _ in range(sweeps):
         model = sweep(problem, model, multiplier, watch)
+        if learn and problem.ridge is not None:
+            noise = problem.ridge.noise if known else _noise(problem, model, multiplier, watch)
+            problem = problem.learned(model, noise)
         if not abs(before - watch.curve[-1]) > problem.tol * watch.curve[-1]:
             break
         before = watch.curve[-1]
-    return model
+    return problem, model
 
 
 def approach(
@@ -468,9 +508,7 @@ def approach(
     """
     given = problem
     elasticity = 3.0  # of the multiplier: how much it has to fall, in logarithms, for the norm to rise
-    longest = (
-        1.0  # step of the multiplier's logarithm; halved at each turn, so that it cannot go round for ever
-    )
+    longest = 1.0  # step of the multiplier's logarithm; halved at each turn, so that it ends
     last: tuple[float, float] | None = None
     step = 0.0
     before = math.inf
@@ -479,8 +517,7 @@ def approach(
             model = refreshed(problem, model, multiplier, watch)
         model = sweep(problem, model, multiplier, watch)
         if given.ridge is not None and not given.ridge.fitted:
-            noise = _noise(problem, model, multiplier, watch)
-            problem = given.beside(noise + FIRST_GUESS * (given.ridge.noise - noise))
+            problem = problem.learned(model, _noise(problem, model, multiplier, watch))
         loss = watch.curve[-1]
         share = problem.norm.value(model.sigma).item() / radius
         # what a smaller multiplier could still gain, by convexity
@@ -516,7 +553,8 @@ def _noise(problem: Problem, model: Model, multiplier: float, watch: Watch) -> f
     fitted = (m + n) * (curvature / (curvature + pull)).sum().item()
     assert ridge is not None
     fitted += sum(len(entries) / (len(entries) / side + on) for side, on in zip((m, n), ridge))
-    return residual_variance(squared, len(entries), fitted)
+    noise = residual_variance(squared, len(entries), fitted)
+    return noise + FIRST_GUESS * (ridge.alone - noise)
 
 
 def residual_variance(squared: float, count: int, fitted: float) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from nblora.bounds import Schatten
 from nblora.completion import fitting
 from nblora.completion.entries import Entries, squares
-from nblora.completion.fitting import FREE_BIAS, NO_BIAS, Model, Problem, Watch
+from nblora.completion.fitting import FREE_BIAS, NO_BIAS, Model, Problem, Ridge, Watch
 
 FALL = 0.6  # of the multiplier from one point of a path to the next
 FIRST = 0.5  # of a path: share of the multiplier from which on Y is zero
@@ -55,6 +55,7 @@ class Candidate:
         radius: mean over the splits.
         rmse: of held-out entries, over all splits.
         errors: absolute errors of the held-out entries of all splits.
+        ridge: on biases, mean over the splits; None without biases.
     """
 
     k: int
@@ -62,6 +63,7 @@ class Candidate:
     radius: float
     rmse: float
     errors: NDArray[np.float64]
+    ridge: Ridge | None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class _Point:
     radius: float
     errors: Tensor
     model: Model
+    ridge: Ridge | None
 
     @property
     def noise(self) -> float:
@@ -106,6 +109,7 @@ class _Tried:
             radius=float(np.mean([point.radius for point in points])),
             rmse=float(np.sqrt(np.mean(errors**2))),
             errors=errors,
+            ridge=_mean([point.ridge for point in points]),
         )
         return _Tried(candidate, tuple(points))
 
@@ -154,6 +158,14 @@ def select(splits: Sequence[Split], *, two_stage: bool, radius: float | None, wa
     return Selection(best.candidate, tuple(one.candidate for one in tried))
 
 
+def _mean(ridges: Sequence[Ridge | None]) -> Ridge | None:
+    known = [ridge for ridge in ridges if ridge is not None]
+    if not known:
+        return None
+    row, column, noise, alone = (float(np.mean([ridge[i] for ridge in known])) for i in range(4))
+    return Ridge(row, column, noise, alone, fitted=all(ridge.fitted for ridge in known))
+
+
 def _error(tried: _Tried) -> float:
     return tried.candidate.rmse
 
@@ -191,7 +203,7 @@ def _again(
     """One candidate from a near one: at a rank, and a share of the multiplier unless the bound is given."""
     points = []
     for split, old in zip(splits, near.points):
-        problem = replace(split.problem, k=rank).beside(old.noise)
+        problem = replace(split.problem, k=rank, ridge=old.ridge)
         if radius is None:
             points.append(_point(problem, split.held_out, share, old, watch))
         else:
@@ -236,12 +248,12 @@ def _path(
         if problem.norm != Schatten(1.0) and fitting.solves(problem.norm):
             first *= 20  # of these norms no multiplier makes Y quite zero
         lower = (model.sigma - FIRST * model.sigma[0]).clamp(min=0)
-        start = _Point(first, largest, size, 0.0, held_out.values, model.with_spectrum(lower))
+        start = _Point(first, largest, size, 0.0, held_out.values, model.with_spectrum(lower), problem.ridge)
     share, last = start.share, start
     points: list[_Point] = []
     best, waited = float("inf"), 0
     for _ in range(POINTS):
-        last = _point(problem.beside(min(last.noise, best**2)), held_out, share, last, watch)
+        last = _point(replace(problem, ridge=last.ridge), held_out, share, last, watch)
         points.append(last)
         rmse = last.noise**0.5
         waited = 0 if rmse < best * (1 - GAIN) else waited + 1
@@ -259,19 +271,21 @@ def _point(problem: Problem, held_out: Entries, share: float, start: _Point, wat
     problem = replace(problem, size=start.size)
     model = start.model.truncated(problem.k)
     if start.largest > 0:  # else nothing is left to explain
-        model = fitting.settle(problem, model, share * start.largest, watch, SWEEPS)
+        problem, model = fitting.settle(problem, model, share * start.largest, watch, SWEEPS, learn=True)
     radius = problem.norm.value(model.sigma).item()
     inside = fitting.solves(problem.norm) or not radius > 0
     most = problem.max_iter
     judged = model if inside else _finished(problem, model, radius, watch, most, most)
-    return _Point(share, start.largest, start.size, radius, _errors(judged, problem, held_out), model)
+    errors = _errors(judged, problem, held_out)
+    problem = problem.learned(judged, errors.square().mean().item())
+    return _Point(share, start.largest, start.size, radius, errors, model, problem.ridge)
 
 
 def _inside(problem: Problem, held_out: Entries, radius: float, start: _Point | None, watch: Watch) -> _Point:
     """The solution for a given bound."""
     found = solve(problem, radius, watch, share=0.1 if start is None else start.share)
     errors = _errors(found.model, problem, held_out)
-    return _Point(found.share, found.largest, radius, radius, errors, found.model)
+    return _Point(found.share, found.largest, radius, radius, errors, found.model, found.ridge)
 
 
 def _errors(model: Model, problem: Problem, held_out: Entries) -> Tensor:
@@ -286,17 +300,17 @@ class Solution(NamedTuple):
         model: inside.
         share: the multiplier at which the regressions ended, relative to
         largest: the one from which on Y is zero.
-        noise: the variance beside Y and biases that the ridges on biases were for; None without biases.
+        ridge: on biases; None without.
     """
 
     model: Model
     share: float
     largest: float
-    noise: float | None
+    ridge: Ridge | None
 
     @staticmethod
     def of(problem: Problem, model: Model, share: float, largest: float) -> Solution:
-        return Solution(model, share, largest, None if problem.ridge is None else problem.ridge.noise)
+        return Solution(model, share, largest, problem.ridge)
 
 
 def solve(problem: Problem, radius: float, watch: Watch, *, share: float = 0.1) -> Solution:
@@ -328,31 +342,30 @@ def _finished(problem: Problem, model: Model, radius: float, watch: Watch, most:
 
 def resume(problem: Problem, radius: float, last: Solution, watch: Watch) -> Solution:
     """As `solve`, from what is nearly the solution: few sweeps, at its multiplier, and the bound is known."""
-    model, share, largest, noise = last
+    model, share, largest, ridge = last
     if not largest > 0 or not problem.norm.value(model.sigma).item() > NEGLIGIBLE * largest:
         return solve(problem, radius, watch)
-    problem = replace(problem, size=radius)
-    if noise is not None:
-        problem = problem.beside(noise)
-    model = fitting.settle(problem, model, share * largest, watch, RESUMED)
+    problem = replace(problem, size=radius, ridge=ridge)
+    unknown = ridge is not None and not ridge.fitted
+    problem, model = fitting.settle(problem, model, share * largest, watch, RESUMED, learn=unknown)
     most, steps = (min(problem.max_iter, each) for each in NEAR[not fitting.solves(problem.norm)])
     model = _finished(problem, model, radius, watch, most, steps)
     return Solution.of(problem, model, share, largest)
 
 
-def bias_ridge(entries: Entries) -> fitting.Ridge:
-    """The ridges on biases alone: variance of an entry beside them, over that of the rows' (columns') means.
+def bias_ridge(entries: Entries) -> Ridge:
+    """Ridges for biases alone: variance of an entry beside them, over that of the rows' (columns') means.
 
-    Beside a low-rank matrix, which explains some of that variance, they are too large; `Ridge.at` mends it
-    once there is a fit. The variance of means is what is left of it beyond chance (the moment estimator of a
-    random effect); where nothing is left, the ridge is so large that biases are as good as switched off.
+    Beside a low-rank matrix, which explains some of both variances, they are wrong; `Ridge.refitted` mends
+    them once there is a fit. The variance of means is what is left of it beyond chance (the moment estimator
+    of a random effect); where nothing is left, the ridge is so large that biases are as good as switched off.
     """
     sides = entries, entries.mT
     counts = [side.row_counts for side in sides]
     filled = [int((count > 0).sum()) for count in counts]
     free = len(entries) - sum(filled) + 1
     if free <= 0 or min(filled) < 2:  # nothing tells a mean from an entry
-        return fitting.Ridge(1.0, 1.0, 0.0)
+        return Ridge(1.0, 1.0, 0.0, 0.0)
     ones = torch.ones_like(entries.values)
     centre = entries.values.mean()
     means = [torch.zeros_like(count) for count in counts]
@@ -372,4 +385,4 @@ def bias_ridge(entries: Entries) -> fitting.Ridge:
         spread = (between - (groups - 1) * noise) / size
         ridge = noise / spread if spread > 0 else NO_BIAS
         ridges.append(min(max(ridge, FREE_BIAS), NO_BIAS))
-    return fitting.Ridge(ridges[0], ridges[1], noise)
+    return Ridge(ridges[0], ridges[1], noise, noise)
