@@ -753,6 +753,26 @@ def test_partial_fit_after_constant_data() -> None:
     )
 
 
+def test_new_rows_after_constant_data() -> None:
+    """Nothing was learned, and no row differs from another: new ones get the constant."""
+    model = NBMatrixCompletion(random_state=0).fit(np.where(data().missing, np.nan, 4.0))
+    np.testing.assert_allclose(model.predict(np.full((2, 9), [[4.0], [np.nan]])), 4.0)
+    np.testing.assert_allclose(model.predict(np.where(np.arange(9) < 3, 4.0, np.nan)[None]), 4.0)
+
+
+@pytest.mark.parametrize("norm", ["nuclear", "spectral"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_effects_alone(norm: str, dtype: str) -> None:
+    """Biases explain all but rounding, so that no bound and no multiplier is the right size."""
+    random = np.random.default_rng(0)
+    for shape in ((7, 23), (20, 15)):
+        truth = random.standard_normal((shape[0], 1)) + random.standard_normal(shape[1])
+        X = np.where(random.random(shape) < 0.9, truth, np.nan)
+        model = NBMatrixCompletion(rank=11, norm=norm, dtype=dtype, random_state=0, max_iter=30).fit(X)
+        assert model.certificate_.holds
+        assert rms(everywhere(model) - truth) < 1e-2 * rms(truth)
+
+
 def test_partial_fit_in_another_norm() -> None:
     """The bound in the old norm means nothing then."""
     given = sample(30, 20, 2, noise=0.1)

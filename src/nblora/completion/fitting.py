@@ -578,8 +578,8 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
     entries, weights, norm, k = problem.entries, problem.weights, problem.norm, problem.k
     m, n = entries.shape
     size = norm.value(model.sigma).item()
-    if not size > 0:  # nothing is left for Y to explain
-        return model
+    if not size > torch.finfo(entries.values.dtype).eps * math.sqrt(len(entries)):
+        return model  # nothing is left for Y to explain, but rounding
     radius = min(radius, ROOMY * size)
     ball = torch.as_tensor(radius, dtype=entries.values.dtype, device=entries.values.device)
     start = model.with_spectrum(norm.project(model.sigma, (SOLVED if solves(norm) else SATURATION) * ball))
@@ -654,13 +654,19 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
         max_eval=100 * CHUNK,
         history_size=HISTORY[large],
         line_search_fn="strong_wolfe",
-        tolerance_grad=0.0,
+        # half its square is what a step may gain; below this it is rounding of the values' own square
+        tolerance_grad=torch.finfo(entries.values.dtype).eps * math.sqrt(scale * len(entries)),
         tolerance_change=0.0,
     )
     lowest = math.inf
     for done in range(0, problem.max_iter, CHUNK):
         optimizer.param_groups[0]["max_iter"] = min(CHUNK, problem.max_iter - done)
-        optimizer.step(loss)
+        try:
+            optimizer.step(loss)
+        except RuntimeError as error:  # a line search has lost its way, where nothing is left to gain
+            if "overflow" not in str(error):
+                raise
+            return start
         watch.iterations += optimizer.param_groups[0]["max_iter"]
         before = min(lowest, seen[0])
         lowest = min(lowest, *seen)
@@ -668,8 +674,12 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
         watch.passed(lowest / scale / len(entries))
         if not before - lowest > CHUNK * problem.tol * lowest:
             break
+        if not math.isfinite(lowest):
+            break
     with torch.no_grad():
         update, *rest = state()
+        if not all(bool(tensor.isfinite().all()) for tensor in (update.left, update.right, *rest)):
+            return start  # the same
         return Model.balanced(update, *rest)
 
 

@@ -37,7 +37,8 @@ class RowPrior:
         centred = rows - mean
         covariance = centred.T @ centred / max(len(rows) - 1, 1)
         # directions in which rows do not differ keep a ridge that is large but finite
-        floor = 1e-10 * max(np.trace(covariance), np.finfo(float).tiny) * np.eye(d)
+        spread = np.trace(covariance)
+        floor = 1e-10 * (spread if spread > 1e-280 else 1.0) * np.eye(d)  # whose inverse is finite
         precision = noise * np.linalg.pinv(covariance + floor, hermitian=True)
         return RowPrior(mean, (precision + precision.T) / 2)
 
