@@ -46,9 +46,8 @@ DEAD = 1e-3  # share of the largest singular value below which one is started af
 # as there are entries does not talk itself into less and less noise.
 FIRST_GUESS = 0.005
 FREE_BIAS, NO_BIAS = 1e-6, 1e8  # the least and the largest ridge on biases
-HANDOVER = (
-    30.0  # times the tolerance: sweeps this slow leave the rest to L-BFGS, where the bound does not act
-)
+# Times the tolerance: sweeps this slow leave the rest to L-BFGS, where the bound does not act.
+HANDOVER = 30.0
 SHORTEST = 1e-3  # step of a multiplier's logarithm that is still one
 WORTHWHILE = 0.02  # fall of a multiplier's logarithm after which dead directions may have something to do
 SMALLEST_MULTIPLIER = 1e-6  # relative to the one at which Y is zero
