@@ -80,6 +80,11 @@ class Weights:
         return Weights(one(entries.row_counts), one(entries.mT.row_counts))
 
 
+def ridge_on_bias(noise: float, spread: float) -> float:
+    """The variance of an entry beside its biases over that of the biases, within what makes a difference."""
+    return min(max(noise / spread, FREE_BIAS), NO_BIAS) if spread > 0 else NO_BIAS
+
+
 class Ridge(NamedTuple):
     """On row and column biases, in units of the squared error.
 
@@ -111,7 +116,7 @@ class Ridge(NamedTuple):
                 return ridge
             variances = bias.double().square() + self.noise / (counts.double() + ridge)
             spread = variances[counts > 0].mean().item()
-            return min(max(noise / spread, FREE_BIAS), NO_BIAS) if spread > 0 else ridge
+            return ridge_on_bias(noise, spread) if spread > 0 else ridge
 
         if not self.alone > 0:  # nothing told a mean from an entry, or means explain all
             return self._replace(fitted=True)
@@ -505,7 +510,7 @@ def approach(
         the problem with fitted ridges, the model, whose norm may be off the radius by a little, and its
         multiplier.
     """
-    given = problem
+    learn = problem.ridge is not None and not problem.ridge.fitted
     elasticity = 3.0  # of the multiplier: how much it has to fall, in logarithms, for the norm to rise
     longest = 1.0  # step of the multiplier's logarithm; halved at each turn, so that it ends
     last: tuple[float, float] | None = None
@@ -515,7 +520,7 @@ def approach(
         if step < -WORTHWHILE:
             model = refreshed(problem, model, multiplier, watch)
         model = sweep(problem, model, multiplier, watch)
-        if given.ridge is not None and not given.ridge.fitted:
+        if learn:
             problem = problem.learned(model, _noise(problem, model, multiplier, watch))
         loss = watch.curve[-1]
         share = problem.norm.value(model.sigma).item() / radius
@@ -673,8 +678,6 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
         watch.passed(lowest / scale / len(entries))
         if not before - lowest > CHUNK * problem.tol * lowest:
             break
-        if not math.isfinite(lowest):
-            break
     with torch.no_grad():
         update, *rest = state()
         if not all(bool(tensor.isfinite().all()) for tensor in (update.left, update.right, *rest)):
@@ -686,7 +689,7 @@ def descend(problem: Problem, model: Model, radius: float, watch: Watch) -> Mode
 
 
 @torch.no_grad()
-def polish(problem: Problem, model: Model, radius: float, watch: Watch, iterations: int) -> Model:
+def polish(problem: Problem, model: Model, radius: float, watch: Watch) -> Model:
     """Projected gradients from a model in the ball: what the parametrization leaves.
 
     Each step goes along the gradient's part in the tangent space of the matrices of rank k, which keeps
@@ -698,7 +701,6 @@ def polish(problem: Problem, model: Model, radius: float, watch: Watch, iteratio
     Args:
         model: where to start, projected first; a singular value that is zero stays zero.
         radius: of the ball, > 0.
-        iterations: at most.
 
     Returns:
         the best model on the way.
@@ -712,7 +714,7 @@ def polish(problem: Problem, model: Model, radius: float, watch: Watch, iteratio
     length = usual = m * n / len(problem.entries)
     # where sweeps are no help, the way is long and the steps are small
     worthwhile = problem.tol * (CHUNK if solves(norm) else 1)
-    for done in range(iterations):
+    for done in range(problem.max_iter):
         gradient = _TangentGradient.at(problem, here)
         for _ in range(BACKTRACKS):
             there = _Place.of(problem, gradient.step(problem, here.model, length, ball), watch)

@@ -19,7 +19,7 @@ from torch import Tensor
 from nblora.bounds import Schatten
 from nblora.completion import fitting
 from nblora.completion.entries import Entries, squares
-from nblora.completion.fitting import FREE_BIAS, NO_BIAS, Model, Problem, Ridge, Watch
+from nblora.completion.fitting import Model, Problem, Ridge, Watch
 
 FALL = 0.6  # of the multiplier from one point of a path to the next
 FIRST = 0.5  # of a path: share of the multiplier from which on Y is zero
@@ -274,11 +274,10 @@ def _point(problem: Problem, held_out: Entries, share: float, start: _Point, wat
         problem, model = fitting.settle(problem, model, share * start.largest, watch, SWEEPS, learn=True)
     radius = problem.norm.value(model.sigma).item()
     inside = fitting.solves(problem.norm) or not radius > 0
-    most = problem.max_iter
-    judged = model if inside else _finished(problem, model, radius, watch, most, most)
+    judged = model if inside else _finished(problem, model, radius, watch)
     errors = _errors(judged, problem, held_out)
-    problem = problem.learned(judged, errors.square().mean().item())
-    return _Point(share, start.largest, start.size, radius, errors, model, problem.ridge)
+    point = _Point(share, start.largest, start.size, radius, errors, model, problem.ridge)
+    return replace(point, ridge=problem.learned(judged, point.noise).ridge)
 
 
 def _inside(problem: Problem, held_out: Entries, radius: float, start: _Point | None, watch: Watch) -> _Point:
@@ -314,7 +313,7 @@ class Solution(NamedTuple):
 
 
 def solve(problem: Problem, radius: float, watch: Watch, *, share: float = 0.1) -> Solution:
-    """The model in a ball: alternating regressions towards its boundary, then L-BFGS inside.
+    """The model in a ball: alternating regressions towards its boundary, then what finishes it inside.
 
     Args:
         share: the multiplier to start with, relative to the one from which on Y is zero.
@@ -330,14 +329,19 @@ def solve(problem: Problem, radius: float, watch: Watch, *, share: float = 0.1) 
     inside = start.with_spectrum(problem.norm.project(start.sigma, start.sigma.new_tensor(radius)))
     smallest = fitting.SMALLEST_MULTIPLIER * largest
     problem, model, multiplier = fitting.approach(problem, radius, inside, share * largest, smallest, watch)
-    model = _finished(problem, model, radius, watch, problem.max_iter, problem.max_iter)
+    model = _finished(problem, model, radius, watch)
     return Solution.of(problem, model, multiplier / largest, largest)
 
 
-def _finished(problem: Problem, model: Model, radius: float, watch: Watch, most: int, steps: int) -> Model:
-    """At most so many iterations of L-BFGS in the free parameters, then steps of projected gradients."""
-    model = fitting.descend(replace(problem, max_iter=most), model, radius, watch)
-    return fitting.polish(problem, model, radius, watch, steps)
+def _finished(
+    problem: Problem, model: Model, radius: float, watch: Watch, most: tuple[int, int] | None = None
+) -> Model:
+    """L-BFGS in the free parameters, then projected gradients; at most `most` iterations of each."""
+    solvers = fitting.descend, fitting.polish
+    for finish, limit in zip(solvers, most or (problem.max_iter, problem.max_iter)):
+        limited = replace(problem, max_iter=min(problem.max_iter, limit))
+        model = finish(limited, model, radius, watch)
+    return model
 
 
 def resume(problem: Problem, radius: float, last: Solution, watch: Watch) -> Solution:
@@ -348,8 +352,7 @@ def resume(problem: Problem, radius: float, last: Solution, watch: Watch) -> Sol
     problem = replace(problem, size=radius, ridge=ridge)
     unknown = ridge is not None and not ridge.fitted
     problem, model = fitting.settle(problem, model, share * largest, watch, RESUMED, learn=unknown)
-    most, steps = (min(problem.max_iter, each) for each in NEAR[not fitting.solves(problem.norm)])
-    model = _finished(problem, model, radius, watch, most, steps)
+    model = _finished(problem, model, radius, watch, NEAR[not fitting.solves(problem.norm)])
     return Solution.of(problem, model, share, largest)
 
 
@@ -383,6 +386,5 @@ def bias_ridge(entries: Entries) -> Ridge:
         between = (count @ mean.square()).item() - (count @ mean).item() ** 2 / len(entries)
         size = len(entries) - count.square().sum().item() / len(entries)
         spread = (between - (groups - 1) * noise) / size
-        ridge = noise / spread if spread > 0 else NO_BIAS
-        ridges.append(min(max(ridge, FREE_BIAS), NO_BIAS))
+        ridges.append(fitting.ridge_on_bias(noise, spread))
     return Ridge(ridges[0], ridges[1], noise, noise)

@@ -28,6 +28,7 @@ from nblora.federated.plan import Budget, FederationPlan
 from nblora.federated.updates import Updates, add_updates, pack, unpack
 from nblora.lowrank import LowRank
 from nblora.privacy import ClientReport, PrivacyLedger, private_mean, sample_clients
+from nblora.privacy.ledger import replace_file
 from nblora.privacy.release import Update
 
 _LOG = logging.getLogger(__name__)
@@ -293,15 +294,7 @@ class Federation:
             "plan": json.loads(self.plan.to_json()),
             "rounds": [asdict(entry) for entry in self.rounds],
         }
-        with atomic_file(self.folder / "state.json") as temporary, temporary.open("w") as file:
-            file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        replace_file(self.folder / "state.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _in_words(report: ClientReport, message: ClientMessage) -> ClientReport:

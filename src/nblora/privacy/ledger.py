@@ -284,17 +284,7 @@ class PrivacyLedger:
 
     def _write(self, book: _Book) -> None:
         """Replace the file by a whole new one, on the disk when this returns. Only under the lock."""
-        temporary = self.path.with_name(f".{self.path.name}.new")  # one that a crash has left is overwritten
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(book.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        replace_file(self.path, book.to_json())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -309,6 +299,21 @@ class PrivacyLedger:
         with open(self.path.with_name(f"{self.path.name}.lock"), "a") as file:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)
             yield
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file by a whole new one, on the disk when this returns. Only for who is alone with it."""
+    temporary = path.with_name(f".{path.name}.new")  # one that a crash has left is overwritten
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def as_ledger(ledger: PrivacyLedger | str | os.PathLike[str] | Callable[[], PrivacyLedger]) -> PrivacyLedger:
