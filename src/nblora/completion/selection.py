@@ -154,7 +154,7 @@ def select(splits: Sequence[Split], *, two_stage: bool, radius: float | None, wa
     if radius is None:
         shares = [best.points[0].share * factor for factor in (FALL**0.5, FALL**-0.5)]
         tried += [_again(splits, best, best.candidate.k, share, None, watch) for share in shares]
-        best = min(tried, key=_error)
+    best = min(tried, key=_error)  # neighbours that are better by less than a gain included
     return Selection(best.candidate, tuple(one.candidate for one in tried))
 
 
