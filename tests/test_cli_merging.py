@@ -271,6 +271,10 @@ PLAN_MISTAKES = {
     "no epsilon": (PLAN.replace("--epsilon 4", "--epsilon 4,x"), "--epsilon must be of numbers, got 'x'"),
     "no clients": (PLAN.replace("100", "1e3"), "--clients must be of integers, got '1e3'"),
     "no epsilon that is one": (PLAN.replace("--epsilon 4", "--epsilon nan"), "epsilon must be positive"),
+    "a guarantee beyond float64": (
+        PLAN.replace("--epsilon 4 --delta 1e-5", "--epsilon 1e-10 --delta 1e-30"),
+        "tau / Delta must give at most the asked delta",
+    ),
     "another picture": (f"{PLAN} --plot plot.bmp", "a plot must be a .png, .pdf or .svg file"),
     "no ledger there": ("--ledger nowhere.json", "nowhere.json"),
 }

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -362,7 +363,15 @@ def test_exact_mean_over_the_fixed_denominator(tmp_path: Path) -> None:
         assert federation.spent() == math.inf
 
 
+class Unreadable(dict[str, Tensor]):
+    """An update that is decoded when it is asked for, and cannot be."""
+
+    def items(self) -> Any:
+        raise OSError("cut short")
+
+
 LIES: dict[str, Any] = {
+    "decoding": Unreadable(a=torch.zeros(6, 4)),
     "NaN": {"a": torch.full((6, 4), math.nan), "b": torch.zeros(3, 5)},
     "infinity": {"a": torch.full((6, 4), math.inf)},
     "NaN in a factor": {"a": LowRank(torch.full((6, 1), math.nan), torch.zeros(1, 4))},
@@ -565,6 +574,15 @@ def test_the_plan_is_fixed(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="plan must be that of the federation"):
             Federation(tmp_path, plan(**other))
+
+
+def test_a_plan_may_be_of_numpys_numbers_and_lists(tmp_path: Path) -> None:
+    layers = {"a": PlannedLayer([6, 4], np.float32(0.3))}  # type: ignore[arg-type]
+    made = plan(budget=BUDGET, layers=layers, n_total=np.int64(5), max_rank=np.int64(2))
+    for _ in range(2):
+        with Federation(tmp_path, made) as federation:
+            federation.finish_round({})
+    assert [entry.status for entry in federation.rounds] == ["released"] * 2
 
 
 def test_a_ledger_that_is_gone_or_of_another_is_refused(tmp_path: Path) -> None:

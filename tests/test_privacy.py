@@ -265,7 +265,7 @@ def test_classical_formula_would_add_too_little_noise() -> None:
     assert exact_delta(1 / classical, 10) > 1e-5
 
 
-@pytest.mark.parametrize("mu", [1e-6, 1e-3, 0.1, 0.5, 1.0, 3.0, 10.0, 40.0, 1000.0])
+@pytest.mark.parametrize("mu", [1e-17, 1e-9, 1e-6, 1e-4, 1e-3, 0.1, 0.5, 1.0, 3.0, 10.0, 40.0, 1000.0])
 @pytest.mark.parametrize("ratio", [0.0, 1e-6, 0.1, 0.5, 1.0, 2.0, 10.0])
 def test_delta_is_stable(mu: float, ratio: float) -> None:
     """Where e^epsilon overflows and where both terms nearly cancel, as far as float64 can name the number."""
@@ -276,7 +276,7 @@ def test_delta_is_stable(mu: float, ratio: float) -> None:
         assert measured <= 1e-280
     else:
         tolerance = 1e-9 + 1e-14 * abs(float(mpmath.log(exact)))
-        assert measured == pytest.approx(float(exact), rel=tolerance)
+        assert measured == pytest.approx(float(exact), rel=tolerance, abs=0)
 
 
 @pytest.mark.parametrize("delta", DELTAS)
@@ -361,8 +361,23 @@ def test_numbers_of_dp_accounting_are_checked(monkeypatch: pytest.MonkeyPatch) -
     """The classical formula in dp-accounting's place is noticed; so is NaN."""
     for wrong in (math.sqrt(2 * math.log(1.25 / 1e-5)) / 10, NAN, 0.0, INF):
         monkeypatch.setattr(dp_accounting, "get_sigma_gaussian", lambda *_, wrong=wrong: wrong)
-        with pytest.raises(ArithmeticError, match="at most the asked delta"):
+        with pytest.raises(ValueError, match="at most the asked delta"):
             gaussian_noise_multiplier(epsilon=10.0, delta=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # dp-accounting's
+def test_a_guarantee_next_to_perfect_is_not_given_by_rounding() -> None:
+    """Where both terms of delta are the same float, it would seem to be zero."""
+    assert exact_delta(2.8e-16, 1e-20) > 1e-17
+    with pytest.raises(ValueError, match="at most the asked delta"):
+        gaussian_noise_multiplier(epsilon=1e-20, delta=1e-20)
+
+
+@pytest.mark.parametrize(("mu", "delta"), [(1e-6, 1e-12), (1e-9, 1e-12), (1e-12, 1e-15), (1e-15, 1e-18)])
+def test_epsilon_of_a_small_mu_is_not_too_low(mu: float, delta: float) -> None:
+    epsilon = gaussian_epsilon(mu=mu, delta=delta)
+    assert exact_delta(mu, epsilon) <= delta * (1 + 1e-11)
+    assert exact_delta(mu, epsilon * (1 - 1e-9)) > delta
 
 
 def test_missing_dp_accounting_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:

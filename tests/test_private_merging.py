@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -456,6 +457,13 @@ def _huge(path: Path) -> None:
     (path / WEIGHTS).rename(path / "lora.safetensors")
 
 
+def _pipe(path: Path) -> None:
+    """Reading it would never end."""
+    for file in path.iterdir():
+        file.unlink()
+    os.mkfifo(path / "x.safetensors")
+
+
 def _plain(path: Path, **options: Any) -> None:
     """A LoRA of the same layers in place of the adapter."""
     layers = {"first": factors(20, 12, 2, 1e-3), "second": factors(5, 20, 2, 1e-3)}
@@ -535,6 +543,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda path: (path.rename(path.with_name("elsewhere")), os.mkfifo(path)),
         "refused",
         "must be a file or a folder",
+    ),
+    "a pipe as weights": (_pipe, "refused", "must have adapter_config.json"),
+    "more parameters than layers": (
+        lambda path: change_config(path, target_parameters=[f"layer{i}" for i in range(100)]),
+        "refused",
+        "must have no more target_parameters than layers, got 100",
     ),
 }
 
@@ -773,6 +787,7 @@ def test_numbers_of_clients_are_private_without_a_reference_too(
         ({"layout": "zip"}, ValueError, "layout must be"),
         ({"layout": "kohya"}, ValueError, "component must name"),
         ({"dtype": "int8"}, ValueError, "dtype must be"),
+        ({"rng": -1}, ValueError, "rng must be a seed >= 0, got rng=-1"),
     ],
 )
 def test_public_mistakes_are_refused_and_nothing_is_written(
@@ -823,11 +838,34 @@ def test_a_client_listed_twice_by_name_is_refused_with_a_reference_too(
             merge([*three, twice], tmp_path / "out", reference=reference)
 
 
+def kohya(folder: Path, name: str) -> Path:
+    """The file of an adapter in kohya's layout."""
+    export_lora(folder, folder.with_name(name), layout="kohya", component="unet")
+    return folder.with_name(name) / "lora.safetensors"
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_a_folder_and_the_file_in_it_are_one_client(
+    with_reference: bool, three: list[Path], tmp_path: Path
+) -> None:
+    file, other = kohya(three[0], "first"), kohya(three[1], "second")
+    options: dict[str, Any] = {"reference": other if with_reference else None, "component": "unet"}
+    for twice in ([file, file.parent], [file.parent, file]):
+        with pytest.raises(ValueError, match="each client must be listed once"):
+            merge([*twice, other], tmp_path / "out", layout="kohya", **options)
+
+
 def test_what_is_read_is_not_replaced(three: list[Path], reference: Path, tmp_path: Path) -> None:
     for out in (three[0], reference):
         with pytest.raises(AdapterError, match="must be another one than those that are read"):
             merge(three, out, reference=reference)
     assert certify(three[0]).holds
+    files = [kohya(path, f"kohya-{i}") for i, path in enumerate(three)]
+    before = [file.read_bytes() for file in files]
+    for adapters, handed_out, out in ((files, None, files[0]), (files[1:], files[0], files[0])):
+        with pytest.raises(AdapterError, match="must be another one than those that are read"):
+            merge(adapters, out.parent, reference=handed_out, layout="kohya", component="unet")
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_the_list_and_not_what_lies_there_is_public(
@@ -923,8 +961,35 @@ def test_no_ledger_is_started_in_vain(three: list[Path], tmp_path: Path) -> None
             merge(three, tmp_path / "out", ledger=tmp_path / "ledger.json", **changes)
     with pytest.raises(ValueError, match="budget is of a ledger that is started"):
         merge(three, tmp_path / "out", budget=4.0)
+    with pytest.raises(BudgetExceeded, match=r"budget must be at least that of this release, 3.99.*got 1.0"):
+        merge(three, tmp_path / "out", ledger=tmp_path / "ledger.json", budget=1.0)
     assert not (tmp_path / "ledger.json").exists()
     assert "No ledger counts it." in merge(three, tmp_path / "out").summary
+
+
+def test_sampling_may_bring_a_release_into_its_budget(
+    three: list[Path], reference: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"reference": reference, "n_total": 3, "sampling_probability": 0.1}
+    report = merge(three, tmp_path / "out", ledger=tmp_path / "ledger.json", budget=3.0, **options)
+    assert report.spent is not None
+    assert report.spent.epsilon <= 3.0 < report.epsilon
+
+
+def test_a_ledger_that_cannot_be_used_is_named(three: list[Path], tmp_path: Path) -> None:
+    """And not the folder to write, of which nothing is wrong."""
+    for ledger in (tmp_path / "nowhere" / "ledger.json", tmp_path):
+        with pytest.raises(AdapterError, match=rf"the ledger {ledger} cannot be used: "):
+            merge(three, tmp_path / "out", ledger=ledger)
+
+
+def test_numbers_of_numpy_are_written_down(three: list[Path], tmp_path: Path) -> None:
+    report = merge(
+        three, tmp_path / "out", ledger=tmp_path / "l.json", n_total=np.int64(3), epsilon=np.float32(4)
+    )
+    assert json.loads(report.to_json())["n_total"] == 3
+    (entry,) = PrivacyLedger(tmp_path / "l.json").releases
+    assert (entry.details["n_total"], entry.details["epsilon"]) == (3, 4.0)
 
 
 def test_a_budget_that_does_not_suffice_leaves_no_output(

@@ -108,7 +108,9 @@ def locate(source: PathLike) -> tuple[Path, Path | None]:
         return path, config if path.name == SAFETENSORS_WEIGHTS_NAME and config.is_file() else None
     if path.is_dir() and not (path / CONFIG_NAME).is_file():
         others = [
-            file for file in sorted(path.glob("*.safetensors")) if file.name != SAFETENSORS_WEIGHTS_NAME
+            file
+            for file in sorted(path.glob("*.safetensors"))
+            if file.is_file() and file.name != SAFETENSORS_WEIGHTS_NAME  # opening a pipe would wait for ever
         ]
         if path / DIFFUSERS_WEIGHTS_NAME in others:
             return path / DIFFUSERS_WEIGHTS_NAME, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -164,7 +165,7 @@ class FederationPlan:
         }
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), allow_nan=False)
+        return json.dumps(asdict(self), allow_nan=False, default=_of_numpy)
 
     @classmethod
     def from_json(cls, text: str) -> FederationPlan:
@@ -176,3 +177,12 @@ class FederationPlan:
         }
         budget = content.pop("budget")
         return cls(layers=layers, budget=budget and Budget(**budget), **content)
+
+
+def _of_numpy(number: Any) -> int | float:
+    """A NumPy number as one that JSON can hold."""
+    if isinstance(number, numbers.Integral):
+        return int(number)
+    if isinstance(number, numbers.Real):
+        return float(number)
+    raise TypeError(f"a plan must be of plain values, got {number!r}")

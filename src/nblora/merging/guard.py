@@ -26,6 +26,7 @@ from nblora.privacy.release import Status
 OnExcess = Literal["reject", "project"]
 
 _PATTERNS = ("rank_pattern", "alpha_pattern", "bound_pattern")
+_OF_EACH_LAYER = (*_PATTERNS, "target_parameters")  # each entry is tried on each layer
 _LITERAL = re.compile(r"[\w.\-^$\\]*")  # nothing that repeats, so that a match takes no time
 
 
@@ -121,7 +122,7 @@ def check_file(path: Path, public: PublicLayers, known: frozenset[str]) -> None:
     """Refuse a file that is none, or whose header or configuration is out of proportion.
 
     Args:
-        known: patterns of names that may be expressions, as the reference has them.
+        known: names of layers and parameters in the reference's configuration; only they may be expressions.
 
     Raises:
         AdapterError: if it is refused.
@@ -142,11 +143,12 @@ def check_file(path: Path, public: PublicLayers, known: frozenset[str]) -> None:
     if config is None:
         return
     raw = read_json(config, "a PEFT adapter configuration")
+    for name in _OF_EACH_LAYER:
+        entries = raw.get(name) or {}
+        if len(entries) > len(public.slots) + len(known):
+            raise AdapterError(f"{config} must have no more {name} than layers, got {len(entries)}")
     for name in _PATTERNS:
-        patterns = raw.get(name) or {}
-        if len(patterns) > len(public.slots) + len(known):  # each is tried on each layer
-            raise AdapterError(f"{config} must have no more {name} than layers, got {len(patterns)}")
-        for key in patterns:
+        for key in raw.get(name) or {}:
             if key not in known and not _LITERAL.fullmatch(str(key)):
                 raise AdapterError(
                     f"{config} must have names of layers, or the reference's expressions, as {name}, "
@@ -155,11 +157,11 @@ def check_file(path: Path, public: PublicLayers, known: frozenset[str]) -> None:
 
 
 def patterns_of(public: PublicLayers) -> frozenset[str]:
-    """The expressions in the configurations that are public."""
+    """The names and expressions of layers and parameters in the configurations that are public."""
     return frozenset(
         key
         for source in public.sources
-        for name in _PATTERNS
+        for name in _OF_EACH_LAYER
         for key in getattr(source.config, name, None) or ()
     )
 

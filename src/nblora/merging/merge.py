@@ -309,8 +309,8 @@ def _checked_norm(norm: Any) -> Norm:
 def _checked_method(method: Any, density: Any, seed: Any) -> Combine | None:
     if method != "exact" and method not in _PEFT_METHODS:
         raise ValueError(f"method must be one of exact, {', '.join(_PEFT_METHODS)}, got method={method!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed must be an integer >= 0, got seed={seed!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer >= 0 and below 2^64, got seed={seed!r}")
     if method == "exact":
         if density is not None:
             raise ValueError(f"density must be None for the exact sum, got density={density!r}")

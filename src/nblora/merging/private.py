@@ -18,7 +18,7 @@ from nblora.bounds import Norm, Schatten
 from nblora.checkpoints.base import BaseWeights
 from nblora.checkpoints.clipping import Advance
 from nblora.checkpoints.layouts import Layout
-from nblora.checkpoints.storage import AdapterError, PathLike, atomic_folder
+from nblora.checkpoints.storage import AdapterError, PathLike, atomic_folder, one_line
 from nblora.checkpoints.writing import check_component, checked_layout, checked_rank, export_dtype, rounded
 from nblora.lowrank import LowRank
 from nblora.merging.guard import OnExcess, SentUpdate, guarded, of_slot, open_client
@@ -29,12 +29,16 @@ from nblora.merging.sources import check_paths, common_options, open_source
 from nblora.merging.writing import BaseWriter, LoraWriter, names_in
 from nblora.privacy import (
     Adjacency,
+    BudgetExceeded,
     ClientReport,
     PrivacyLedger,
     PrivateMean,
     ReleaseLost,
+    compose_subsampled,
+    gaussian_mu,
     private_mean,
 )
+from nblora.privacy._checks import check_epsilon
 from nblora.privacy.ledger import as_ledger
 from nblora.privacy.sensitivity import largest_share
 
@@ -103,8 +107,8 @@ def merge_privately(
         What was released, what it cost, and, not to be published, what the guard found.
 
     Raises:
-        AdapterError: if the reference or the base cannot be used, adapters without a reference do not agree,
-            or the folder cannot be written. Nothing is spent.
+        AdapterError: if the reference, the base or the ledger cannot be used, adapters without a reference do
+            not agree, or the folder cannot be written. Nothing is spent.
         BudgetExceeded: if the ledger cannot pay; nothing is spent and nothing written.
         ReleaseLost: if writing fails after the ledger was charged. The budget stays spent.
         ValueError, TypeError: for options outside their rules.
@@ -143,7 +147,10 @@ def merge_privately(
     def opened() -> PrivacyLedger:
         """So late that no ledger is started in vain."""
         assert ledger is not None
-        books.append(_book(ledger, started, budget, epsilon, delta, adjacency))
+        try:
+            books.append(_book(ledger, started, budget, epsilon, delta, adjacency, sampling_probability))
+        except OSError as error:  # not of the folder to write
+            raise AdapterError(f"the ledger {ledger} cannot be used: {one_line(error)}") from error
         return books[0]
 
     spent = False
@@ -197,7 +204,7 @@ def merge_privately(
         mu=mean.mu,
         adjacency=mean.adjacency,
         adapters=None if sampling_probability != 1 and weights is None else len(paths),
-        n_total=n_total,
+        n_total=None if n_total is None else int(n_total),
         weights=None if weights is None else tuple(map(float, weights)),
         sampling_probability=mean.sampling_probability,
         secure=mean.secure,
@@ -221,10 +228,14 @@ def _checked_paths(adapters: Any, out: Path, base: PathLike | None, reference: P
     # with a reference by name alone: what lies there, be it a link, must not stop the merge
     places = [_place(path if reference is not None else path.resolve()) for path in paths]
     for place, path in zip(places, paths):
-        if places.count(place) > 1:
+        if places.count(place) > 1 or _folder(place) in set(places) - {place}:
             raise ValueError(f"each client must be listed once, for it would count twice, got {path} again")
-    others = [_place(Path(path).resolve()) for path in (base, reference) if path is not None]
-    if _place(out) in places or out.resolve() in (*places, *others):
+    if reference is not None:
+        places.append(_place(Path(reference).resolve()))
+    read = {*places, *map(_folder, places)}
+    if base is not None:
+        read.add(_place(Path(base).resolve()))
+    if not read.isdisjoint((_place(out), out.resolve())):
         raise AdapterError(f"the folder to write must be another one than those that are read, got {out}")
     return paths
 
@@ -233,6 +244,11 @@ def _place(path: Path) -> Path:
     """The folder of an adapter, or a file that stands alone, by its name."""
     path = Path(os.path.abspath(path))
     return path.parent if path.name == SAFETENSORS_WEIGHTS_NAME else path
+
+
+def _folder(place: Path) -> Path:
+    """In which folder a place is, by its name."""
+    return place.parent if place.suffix == ".safetensors" else place
 
 
 def _opened(
@@ -282,9 +298,21 @@ def _book(
     epsilon: float,
     delta: float,
     adjacency: Adjacency,
+    sampling_probability: float,
 ) -> PrivacyLedger:
-    """The ledger, started where there is none."""
+    """The ledger, started where there is none and the release is within its budget."""
     if started and not isinstance(ledger, PrivacyLedger):
+        if budget is not None and check_epsilon(budget) < epsilon:
+            total = compose_subsampled(
+                [gaussian_mu(epsilon=epsilon, delta=delta)],
+                sampling_probability=sampling_probability,
+                delta=delta,
+                adjacency=adjacency,
+            )
+            if not total <= budget:
+                raise BudgetExceeded(
+                    f"budget must be at least that of this release, {total!r}, got {budget!r}"
+                )
         return PrivacyLedger.create(
             ledger, epsilon=epsilon if budget is None else budget, delta=delta, adjacency=adjacency
         )

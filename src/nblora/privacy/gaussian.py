@@ -23,11 +23,24 @@ _CAUTION = (
     1e-10  # relative: noise is rounded up by this, so that an epsilon that is computed back is not above
 )
 _LAST_CAUTION = 1e-6
+_CLOSE = 1e-3  # mu below which the difference of both terms is taken from derivatives
 
 
 def _erfcx(x: float) -> float:
     """e^(x^2) erfc(x), which neither under- nor overflows for x > -5."""
     return float(torch.special.erfcx(torch.tensor(x, dtype=torch.float64)).item())
+
+
+def _erfcx_fall(x: float, width: float) -> float:
+    """erfcx(x - width/2) - erfcx(x + width/2), which would cancel; relative error width^4 / 60.
+
+    From erfcx' = 2 x erfcx - 2/sqrt(pi) and two derivatives more.
+    """
+    value = _erfcx(x)
+    first = 2 * x * value - 2 / math.sqrt(math.pi)
+    second = 2 * value + 2 * x * first
+    third = 4 * first + 2 * x * second
+    return -(width * first + width**3 / 24 * third)
 
 
 def _log_delta(mu: float, epsilon: float) -> float:
@@ -43,7 +56,11 @@ def _log_delta(mu: float, epsilon: float) -> float:
         return -math.inf
     root = math.sqrt(2)
     if b > -5:
-        difference = _erfcx(b / root) - _erfcx(a / root)
+        difference = (
+            _erfcx_fall(epsilon / mu / root, mu / root)
+            if mu < _CLOSE
+            else _erfcx(b / root) - _erfcx(a / root)
+        )
         return -b * b / 2 + math.log(difference / 2) if difference > 0 else -math.inf
     # Phi(-b) is nearly 1
     return math.log1p(-(math.erfc(-b / root) / 2 + math.exp(-b * b / 2) * _erfcx(a / root) / 2))
@@ -88,9 +105,9 @@ def gaussian_noise_multiplier(*, epsilon: float, delta: float) -> float:
     this module: it is returned only if both agree that it is enough.
 
     Raises:
-        ValueError: for epsilon that is not positive and finite, delta outside (0, 1).
+        ValueError: for epsilon that is not positive and finite, delta outside (0, 1); if dp-accounting's
+            number does not pass the check, as for epsilon and delta that are both next to zero.
         ImportError: if dp-accounting is missing.
-        ArithmeticError: if dp-accounting's number does not pass the check.
     """
     epsilon, delta = check_epsilon(epsilon), check_delta(delta)
     proposed = float(dp_accounting().get_sigma_gaussian(epsilon, delta))
@@ -100,7 +117,7 @@ def gaussian_noise_multiplier(*, epsilon: float, delta: float) -> float:
         if 0 < multiplier < math.inf and _log_delta(1 / multiplier, epsilon) <= math.log(delta):
             return multiplier
         caution *= 10
-    raise ArithmeticError(
+    raise ValueError(
         "tau / Delta must give at most the asked delta by the exact formula, got "
         f"{proposed!r} from dp-accounting for epsilon={epsilon!r} and delta={delta!r}"
     )

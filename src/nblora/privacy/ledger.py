@@ -230,7 +230,7 @@ class PrivacyLedger:
 
         Raises:
             BudgetExceeded: if the total would be over the budget, or not a number; nothing is charged.
-            ValueError: for another adjacency, numbers out of range, details that are not JSON.
+            ValueError, TypeError: for another adjacency, numbers out of range, details that are not JSON.
         """
         release = Release(
             identifier=uuid.uuid4().hex,

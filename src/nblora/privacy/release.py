@@ -263,9 +263,9 @@ def private_mean(
             secure=rng is None,
             sampling_probability=probability,
             details={
-                "epsilon": epsilon,
+                "epsilon": None if epsilon is None else float(epsilon),
                 "delta": delta,
-                "n_total": n_total,
+                "n_total": None if n_total is None else int(n_total),
                 "largest_weight": None if weights is None else share,
                 "bounds": {layer.name: layer.bound for layer in layers},
                 "tau": {layer.name: layer.tau for layer in layers},
@@ -494,6 +494,8 @@ def _normal_from_system(count: int) -> Tensor:
 def _normal_from_seed(rng: int | np.random.Generator) -> Callable[[int], Tensor]:
     if isinstance(rng, bool) or not isinstance(rng, (int, np.integer, np.random.Generator)):
         raise TypeError(f"rng must be None, an integer seed or a numpy.random.Generator, got {rng!r}")
+    if isinstance(rng, (int, np.integer)) and rng < 0:
+        raise ValueError(f"rng must be a seed >= 0, got rng={rng!r}")
     warnings.warn(
         "seeded noise is for tests and studies: whoever knows the seed subtracts it, and nothing is private",
         stacklevel=3,
