@@ -28,14 +28,25 @@ from typing import Any
 
 import privacy_tasks as tasks
 import torch
-from privacy_methods import BALL, CEILING, CLIPPED, LORA, METHODS, OURS, STARTED, choose, final
+from privacy_methods import (
+    BALL,
+    CEILING,
+    CLIPPED,
+    LORA,
+    METHODS,
+    OURS,
+    OURS_STARTED,
+    STARTED,
+    choose,
+    final,
+)
 from privacy_report import Block, Row, gates, show, show_verdicts, verdicts
 
 MAIN = "rotated"
 """The task that is measured in full and has the gates."""
 EPSILONS = (1.0, 4.0, 8.0)
 BASE = "base model"
-QUICK = (CEILING, CLIPPED, BALL, LORA, STARTED, OURS)
+QUICK = (CEILING, CLIPPED, BALL, LORA, STARTED, OURS, OURS_STARTED)
 
 
 Plan = tuple[Block, tuple[float, ...], tuple[str, ...]]
@@ -95,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true", help="the two cells with gates, five methods")
+    parser.add_argument("--quick", action="store_true", help="the two cells with gates, seven methods")
     parser.add_argument("--blocks", nargs="+", choices=list(BLOCKS), metavar="BLOCK", help="; ".join(BLOCKS))
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), metavar="NAME", help="; ".join(METHODS)

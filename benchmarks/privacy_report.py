@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from privacy_methods import BALL, CLIPPED, LORA, METHODS, OURS, STARTED
+from privacy_methods import BALL, CLIPPED, LORA, METHODS, OURS, OURS_STARTED, STARTED
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,11 @@ def margin(rows: Sequence[Row], block: Block, epsilon: float, of: str, over: str
     return _estimate([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
 
 
-MARGINS = tuple((OURS, over) for over in (LORA, STARTED, CLIPPED, BALL))
+MARGINS = (
+    *((OURS, over) for over in (LORA, STARTED, CLIPPED, BALL)),
+    (OURS_STARTED, LORA),
+    (OURS_STARTED, STARTED),
+)
 
 
 def show(rows: Sequence[Row]) -> Iterator[str]:

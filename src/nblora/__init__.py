@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nblora.tuner import NBLoraConfig as NBLoraConfig
     from nblora.tuner import NBLoraModel as NBLoraModel
     from nblora.tuner import RunawayWarning as RunawayWarning
+    from nblora.tuner import start_at_gradient as start_at_gradient
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _HOMES = {
     "NBLoraConfig": "nblora.tuner",
     "NBLoraModel": "nblora.tuner",
     "RunawayWarning": "nblora.tuner",
+    "start_at_gradient": "nblora.tuner",
 }
 
 __all__ = ["__version__", *_HOMES]

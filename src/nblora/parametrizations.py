@@ -241,6 +241,30 @@ def pull_back(
     return replace(_from_frames(u, ratio, v, parametrization), logits=logits)
 
 
+def descent_step(gradient: LowRank, r: int, *, norm: Norm, radius: Tensor, step: float) -> LowRank:
+    """A step against a gradient, of rank at most r and a given share of the ball.
+
+    The spectrum is the square root of the gradient's: steepest descent in the Frobenius norm would follow the
+    gradient's own, in the spectral norm a flat one, and this trained best in Frobenius balls.
+
+    Args:
+        gradient: (..., m, n) of the loss by the weight.
+        r: of the singular values that are kept, the largest.
+        norm: of the ball.
+        radius: (...,) of the ball.
+        step: norm of the result over the radius, 0 to 1.
+
+    Returns:
+        (..., m, n), zero where the gradient is zero.
+    """
+    k = effective_rank(r, *gradient.shape[-2:])
+    u, sigma, v = (factor[..., :k] for factor in gradient.svd())
+    shape = torch.where(sigma > 0, sigma / sigma[..., :1], torch.zeros_like(sigma)).sqrt()
+    size = norm.value(shape)
+    size = torch.where(size > 0, step * radius.to(size) / size, torch.zeros_like(size))
+    return LowRank(u * (-shape * size[..., None])[..., None, :], v.mT)
+
+
 # Note [The unit of an angle]
 #
 # An optimizer such as Adam moves every entry of a parameter by about the learning rate. In the joint

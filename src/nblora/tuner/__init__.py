@@ -6,6 +6,7 @@ from nblora.tuner.attention import NBLoraMultiheadAttention
 from nblora.tuner.config import NBLoraConfig, NBLoraType
 from nblora.tuner.conv import NBLoraConv
 from nblora.tuner.embedding import NBLoraEmbedding
+from nblora.tuner.gradient_start import start_at_gradient
 from nblora.tuner.layer import NBLoraLayer, RunawayWarning, nblora_layers
 from nblora.tuner.linear import NBLoraLinear
 from nblora.tuner.model import NBLoraModel
@@ -24,6 +25,7 @@ __all__ = [
     "RunawayWarning",
     "nblora_layers",
     "register",
+    "start_at_gradient",
 ]
 
 

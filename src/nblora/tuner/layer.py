@@ -479,10 +479,15 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
         exact = LowRank(update.left.double(), update.right.double())
         radius = self.radius(adapter_name).to(exact.left)
         free = self.method[adapter_name].pull_back(exact, self.r[adapter_name], radius)
+        self.set_free_parameters(adapter_name, free)
+        self.scaling[adapter_name] = 1.0
+
+    @torch.no_grad()
+    def set_free_parameters(self, adapter_name: str, free: FreeParameters) -> None:
+        """Copy free parameters into those of an adapter."""
         for name, tensor in self._stored(free).items():
             if tensor is not None:
                 _weight(getattr(self, name)[adapter_name]).copy_(tensor)
-        self.scaling[adapter_name] = 1.0
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The update ΔW as a dense tensor in the layout of the base weight."""
