@@ -825,7 +825,10 @@ def test_seeds_and_learning_rates_reach_the_training(task: dict[str, Any]) -> No
     assert records[3]["trainable_parameters"] * 2 == records[0]["trainable_parameters"]
     plain = execute(job_of(task, "nblora", bound=0.3))
     wider = execute(job_of(task, "nblora", bound=3.0))
+    started = execute(job_of(task, "nblora-gradient", bound=0.3))
     assert plain["metrics"] != wider["metrics"]
+    assert started["status"] == "done"
+    assert plain["metrics"] != started["metrics"]
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ def test_only_nblora_has_a_bound_and_only_lora_plus_an_optimizer() -> None:
         ("nblora-ky-fan-2", None, "ky-fan-2", "NB-LoRA, ky-fan-2"),
         ("nblora-3", None, 3.0, "NB-LoRA, schatten-3"),
         ("nblora-svd-2.5", "svd", 2.5, "NB-LoRA, svd, schatten-2.5"),
+        ("nblora-gradient", None, None, "NB-LoRA, gradient start"),
+        ("nblora-gradient-svd-nuclear", "svd", "nuclear", "NB-LoRA, gradient start, svd, nuclear"),
     ],
 )
 def test_variants_of_nblora(
@@ -105,6 +107,7 @@ def test_variants_of_nblora(
     assert method.label == label
     assert method.bounded
     assert method.ranked
+    assert method.gradient_start == ("gradient" in name)
     config = method.config(4, 0.25, {})
     assert isinstance(config, NBLoraConfig)
     assert (config.r, config.bound) == (4, 0.25)

@@ -327,6 +327,32 @@ def test_a_stopped_run_says_how_to_continue_and_ends_the_same(
     assert_same_result(out, whole.folder)
 
 
+class Begin(TrainerCallback):
+    """What the model is when training begins."""
+
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.share = max(layer.share for layer in certify(model).layers)
+
+
+def test_a_start_along_the_gradient_is_measured_against_the_base_model_and_resumed(
+    whole: FinetuneResult, samples: dict[str, str], tmp_path: Path
+) -> None:
+    wanted, begin = settings(samples, start="gradient"), Begin()
+    expected = finetune(wanted, tmp_path / "whole", callbacks=[begin])
+    assert begin.share == pytest.approx(0.03, rel=1e-3)  # its default step
+    assert expected.metrics["before"] == whole.metrics["before"]
+    assert (expected.metrics["start"], whole.metrics["start"]) == ("gradient", "random")
+    assert not all(
+        torch.equal(t, tensors(whole.folder)[name]) for name, t in tensors(expected.folder).items()
+    )
+    out = tmp_path / "out"
+    stop = At(5, lambda: os.kill(os.getpid(), signal.SIGINT), ended=False)
+    with pytest.raises(training.Interrupted):
+        finetune(wanted, out, callbacks=[stop], report=False)
+    finetune({}, out, resume=True, report=False)
+    assert_same_result(out, expected.folder)
+
+
 def test_a_finished_run_resumes_to_itself(whole: FinetuneResult, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole.folder, out)
@@ -431,6 +457,7 @@ def test_what_a_run_killed_at_its_start_leaves_is_no_run(tmp_path: Path) -> None
         ({"data": "nowhere.csv"}, "nowhere.csv"),
         ({"model": "/nowhere"}, "the model must be .*/nowhere"),
         ({"seed": -1}, "seed must be an integer >= 0, got -1"),
+        ({"start": "warm"}, 'start must be "random" or "gradient", got \'warm\''),
         ({"max_length": 0}, "max_length must be an integer >= 1, got 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

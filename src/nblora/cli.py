@@ -1001,6 +1001,10 @@ def finetune(
         float | None, typer.Option(help="On every update's norm, times the weight's spectral norm.")
     ] = None,
     r: Annotated[int | None, typer.Option("--r", help="Rank of the updates.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="random, or gradient: along the gradient of some training samples."),
+    ] = None,
     config: _Config = None,
     column: _Column = None,
     keep_column: _KeepColumn = None,
@@ -1042,6 +1046,7 @@ def finetune(
             max_length=max_length,
             max_train_samples=max_train_samples,
             max_eval_samples=max_eval_samples,
+            start=start,
             seed=seed,
         )
         from nblora.training import Interrupted, finetune
@@ -1106,7 +1111,8 @@ def compare(
         str | None,
         typer.Option(
             help="nblora, lora, rslora, dora, pissa, lora+, delora, oft, hra, full; NB-LoRA's variants as "
-            "nblora-svd, nblora-spectral, nblora-svd-nuclear, ...; with commas. Default: nblora,lora.",
+            "nblora-gradient, nblora-svd, nblora-spectral, nblora-svd-nuclear, ...; with commas. "
+            "Default: nblora,lora.",
         ),
     ] = None,
     learning_rates: Annotated[

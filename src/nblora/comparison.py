@@ -388,6 +388,8 @@ def _run(job: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
             model = adapt(base, config, job["task"])
             trainer = BoundedTrainer(model, base, data, arguments, make_optimizer=method.make_optimizer)
             trainer.remove_callback(PrinterCallback)
+            if method.gradient_start:
+                trainer.start_at_gradient()
             trainer.train()
         validation, test = trainer.measure("validation"), trainer.measure("test")
     kept_validation, kept = validation["keep"], test["keep"]

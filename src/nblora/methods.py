@@ -33,6 +33,7 @@ class Method:
         ranked: whether it has a rank.
         bounded: whether it has a bound.
         make_optimizer: of an optimizer of its own, or None.
+        gradient_start: whether its adapter begins along the gradient of training samples.
         reason: why it cannot be run, or None where it can.
     """
 
@@ -42,6 +43,7 @@ class Method:
     ranked: bool = True
     bounded: bool = False
     make_optimizer: MakeOptimizer | None = None
+    gradient_start: bool = False
     reason: str | None = None
 
     def config(self, rank: int | None, bound: float | None, options: Mapping[str, Any]) -> PeftConfig | None:
@@ -135,37 +137,39 @@ METHODS: dict[str, Method] = {
 }
 """By the name that a user gives; NB-LoRA's variants come on top, see `find_method`."""
 
-NAMES = ("nblora[-joint|-svd][-NORM]", *METHODS)
+NAMES = ("nblora[-gradient][-joint|-svd][-NORM]", *METHODS)
 
 
 def find_method(name: str) -> Method:
     """The method of a name.
 
-    NB-LoRA is `nblora`, with its parametrization and its norm where they are not the default's:
-    `nblora-svd`, `nblora-spectral`, `nblora-svd-nuclear`, `nblora-ky-fan-4`, `nblora-3` (Schatten-3).
+    NB-LoRA is `nblora`, with its start, its parametrization and its norm where they are not the default's:
+    `nblora-gradient` (see `nblora.start_at_gradient`), `nblora-svd`, `nblora-spectral`,
+    `nblora-svd-nuclear`, `nblora-ky-fan-4`, `nblora-3` (Schatten-3).
 
     Raises:
         SettingsError: if there is none.
     """
     if name in METHODS:
         return METHODS[name]
-    match = re.fullmatch(r"nblora(?:-(joint|svd))?(?:-(.*))?", name)
+    match = re.fullmatch(r"nblora(?:-(gradient))?(?:-(joint|svd))?(?:-(.*))?", name)
     if match is None:
         near = difflib.get_close_matches(name.lower().replace("nb-", "nb"), ["nblora", *METHODS], 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise SettingsError(f"a method must be one of {', '.join(NAMES)}, got {name!r}{hint}")
     fixed: dict[str, Any] = {}
-    if match[1]:
-        fixed["parametrization"] = match[1]
-    if match[2] is not None:
-        fixed["norm"] = _norm(match[2], name)
+    if match[2]:
+        fixed["parametrization"] = match[2]
+    if match[3] is not None:
+        fixed["norm"] = _norm(match[3], name)
 
     def make(rank: int, bound: float, options: Mapping[str, Any]) -> PeftConfig:
         return NBLoraConfig(**{"r": rank, "bound": bound, **fixed, **options})
 
     variant = [parse_norm(value).name if field == "norm" else value for field, value in fixed.items()]
-    label = ", ".join(["NB-LoRA", *variant])
-    return Method(label, make, _fields(NBLoraConfig), bounded=True)
+    start = ["gradient start"] if match[1] else []
+    label = ", ".join(["NB-LoRA", *start, *variant])
+    return Method(label, make, _fields(NBLoraConfig), bounded=True, gradient_start=bool(match[1]))
 
 
 def _norm(text: str, name: str) -> str | float:

@@ -30,6 +30,7 @@ import transformers
 from peft import PeftConfig, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -54,7 +55,7 @@ from nblora.settings import (
     write_yaml,
 )
 from nblora.tasks import TASKS, BaseModel, Task, TaskData, load_base_model, prepare
-from nblora.tuner import NBLoraConfig
+from nblora.tuner import NBLoraConfig, NBLoraLayer, start_at_gradient
 
 DEFAULT_ARGUMENTS: dict[str, Any] = {
     "learning_rate": 5e-3,
@@ -65,6 +66,9 @@ DEFAULT_ARGUMENTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,
 }
 """Where a job differs from transformers' defaults."""
+
+_START_SAMPLES = 128
+"""How many a start along the gradient looks at."""
 
 _PEFT_TASKS = {
     "causal-lm": TaskType.CAUSAL_LM,
@@ -96,6 +100,7 @@ class FinetuneConfig:
         max_train_samples: use only so many.
         max_eval_samples: use only so many of every evaluated split.
         seed: of the split of the data, the start of the adapter and the training.
+        start: of the adapter; "random", or "gradient" for `nblora.start_at_gradient` with training samples.
     """
 
     model: str
@@ -111,6 +116,7 @@ class FinetuneConfig:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     seed: int = 0
+    start: str = "random"
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> FinetuneConfig:
@@ -135,6 +141,8 @@ class FinetuneConfig:
         seed = settings.get("seed", 0)
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise SettingsError(f"seed must be an integer >= 0, got {seed!r}")
+        if (start := settings.get("start", "random")) not in ("random", "gradient"):
+            raise SettingsError(f'start must be "random" or "gradient", got {start!r}')
         check_names(settings.get("adapter", {}), _adapter_fields(), "a setting of the adapter")
         return FinetuneConfig(**settings)
 
@@ -257,6 +265,36 @@ class BoundedTrainer(Trainer):
 
     optimizer: torch.optim.Optimizer | None
     _tr_loss: torch.Tensor
+
+    def start_at_gradient(self) -> None:
+        """`nblora.start_at_gradient` with training samples, before `train`.
+
+        Raises:
+            SettingsError: with FSDP or DeepSpeed, which have not the whole model in one place.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise SettingsError("start must be random with FSDP or DeepSpeed, got start='gradient'")
+        generator = torch.Generator().manual_seed(self.args.seed)
+        chosen = torch.randperm(len(self._data.train), generator=generator)[:_START_SAMPLES]
+        batches = DataLoader(
+            Subset(self._data.train, chosen.tolist()),
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+        )
+
+        def step() -> None:
+            for batch in batches:
+                inputs = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(self.model, inputs)
+                loss.backward()
+
+        self.model.train()
+        if (
+            self.args.gradient_checkpointing
+        ):  # as train() will do, so that no more memory is needed than there
+            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        start_at_gradient(self.model, step)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None and self._make_optimizer is not None:
@@ -500,7 +538,7 @@ class _Clock(TrainerCallback):
 
 
 class _MeasureBefore(TrainerCallback):
-    """Test metrics of the model before its first step, from an earlier process of this run if there was one.
+    """Test metrics of the base model, from an earlier process of this run if there was one.
 
     Measured when training begins: a model that is evaluated before that counts as prepared for accelerate,
     and processes that train together would not share their gradients.
@@ -525,10 +563,25 @@ class _MeasureBefore(TrainerCallback):
         return None
 
     def _measured(self) -> dict[str, Any]:
-        scores = self.trainer.measure("test")
+        with _without_adapter(self.trainer.model):
+            scores = self.trainer.measure("test")
         if self.trainer.is_world_process_zero():
             _write_text(self.file, json.dumps(finite(scores)))
         return scores
+
+
+@contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[None]:
+    """Bounded updates switched off; by themselves, since PEFT would freeze the adapter too."""
+    layers = [module for module in model.modules() if isinstance(module, NBLoraLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before):
+            layer._disable_adapters = disabled
 
 
 class Progress(TrainerCallback):
@@ -672,6 +725,8 @@ def finetune(
             write_yaml(out / "config.yaml", config.to_dict())
         before.trainer = trainer
         with Meter() as meter:
+            if config.start == "gradient" and checkpoint is None:
+                trainer.start_at_gradient()
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
@@ -694,6 +749,7 @@ def finetune(
             "new_head": data.new_head,
             "labels": None if data.labels is None else list(data.labels),
             "method": "NB-LoRA",
+            "start": config.start,
             "adapter": {name: _plain(getattr(nblora_config, name)) for name in _adapter_fields()},
             "train": dict(config.train),
             "before": before.scores,
