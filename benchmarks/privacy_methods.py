@@ -51,12 +51,6 @@ RATES = {
 """Around what trials on other seeds had found."""
 
 
-def rates(adapter: Adapter) -> tuple[tuple[str, float], ...]:
-    """What clips is trained once for all bounds, so that it can afford more; the dense ball prefers SGD."""
-    found = RATES[adapter.kind]
-    return found[:3] if adapter.inside and adapter.kind == "dense" else found
-
-
 def bounds(count: int) -> tuple[float, ...]:
     """Times the spectral norm of a base weight; the noise is in proportion to bound / N."""
     return (
@@ -274,7 +268,7 @@ class Method:
 
     def settings(self, count: int) -> int:
         """How many it chooses from."""
-        trained = len(rates(self.adapter)) * len(STEPS)
+        trained = len(RATES[self.adapter.kind]) * len(STEPS)
         return trained * (len(bounds(count)) * len(self.ranks) if self.private else len(bounds(count)) + 1)
 
 
@@ -349,7 +343,9 @@ def choose(
                             consider(name, epsilon, value, replace(setting, rank=rank), updates)
 
     radii = bounds(task.count)
-    for (optimizer, rate), trained_at in product(rates(adapter), radii if adapter.inside else (math.inf,)):
+    for (optimizer, rate), trained_at in product(
+        RATES[adapter.kind], radii if adapter.inside else (math.inf,)
+    ):
         for steps, updates in train(task, adapter, optimizer, rate, trained_at, seed):
             for bound in (trained_at,) if adapter.inside else (*radii, math.inf):
                 judge(updates, Setting(bound, optimizer, rate, steps))

@@ -47,8 +47,7 @@ def start_at_gradient(
         model: with an NB-LoRA adapter that is active and trainable. Before it is wrapped for DDP, FSDP or
             DeepSpeed; in several processes, do it in all of them with the same data and seed.
         train_step: called 2 * rounds times; computes a loss and calls backward(), for one batch or several,
-            the same ones each time. The more samples, the better the start; 32 to 256 are plenty. Without an
-            optimizer's step.
+            the same ones each time; 128 samples served well. Without an optimizer's step.
         adapter_name: whose update is replaced.
         step: norm of the update at the start over its bound, above 0, at most 1.
         rounds: of the power iteration; one finds the directions of a gradient whose spectrum decays.
