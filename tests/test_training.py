@@ -610,6 +610,35 @@ def alone(samples: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     return settings(files, train={"per_device_train_batch_size": 2}), folder / "out"
 
 
+def test_two_processes_start_along_the_gradient(alone: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """Not to the digit as one does: directions that the gradient hardly has are rounding errors."""
+    together, out, port = {**alone[0], "start": "gradient"}, tmp_path / "out", free_port()
+    alone_too = {**together, "train": {**together["train"], "per_device_train_batch_size": 4}}
+    expected = finetune(alone_too, tmp_path / "alone", report=False)
+
+    def process(rank: int) -> None:
+        become_one_of_two(rank, port)
+        finetune(together, out, report=False)
+
+    logs = [tmp_path / f"log-{rank}" for rank in range(2)]
+    processes = [fork(functools.partial(process, rank), log) for rank, log in enumerate(logs)]
+    assert [status_of(one) for one in processes] == [0, 0], [log.read_text() for log in logs]
+    found = metrics(out)
+    assert found["processes"] == 2
+    for one, two in zip(expected.metrics["history"], found["history"], strict=True):
+        assert two.get("loss", 0) == pytest.approx(one.get("loss", 0), rel=0.05)
+    assert certify(out / "adapter").holds
+
+
+def become_one_of_two(rank: int, port: int) -> None:
+    """As torchrun starts processes; in one that was forked."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def free_port() -> int:
     """One that was free a moment ago: launchers take 0 for a port that they then wait at."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -625,11 +654,7 @@ def test_two_processes_learn_what_one_does_and_resume(
     out = tmp_path / "out"
 
     def process(rank: int, port: int, resume: bool) -> None:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun sets it
-        os.environ.update({name: str(value) for name, value in places.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
+        become_one_of_two(rank, port)
         stop = [At(5, lambda: os.kill(os.getpid(), signal.SIGINT))] if rank == 1 else []
         if resume:
             finetune(together, out, report=False, resume=True)

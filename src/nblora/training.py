@@ -290,9 +290,7 @@ class BoundedTrainer(Trainer):
                 loss.backward()
 
         self.model.train()
-        if (
-            self.args.gradient_checkpointing
-        ):  # as train() will do, so that no more memory is needed than there
+        if self.args.gradient_checkpointing:  # train() will, too: no more memory is needed than there
             self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         start_at_gradient(self.model, step)
 
@@ -719,14 +717,14 @@ def finetune(
     trainer = BoundedTrainer(model, base, data, arguments, callbacks=watching)
     trainer.remove_callback(PrinterCallback)
     first = trainer.is_world_process_zero()
+    if config.start == "gradient" and checkpoint is None:
+        trainer.start_at_gradient()
     with _writing(out), stop.listening():
         if first:
             out.mkdir(parents=True, exist_ok=True)
             write_yaml(out / "config.yaml", config.to_dict())
         before.trainer = trainer
         with Meter() as meter:
-            if config.start == "gradient" and checkpoint is None:
-                trainer.start_at_gradient()
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
