@@ -38,6 +38,20 @@ class TwoLayers(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+def assert_loss_falls_from_a_gradient_start(model: nn.Module, ids: torch.Tensor) -> None:
+    """Of an adapted language model; and the update is inside its bound."""
+    from nblora import certify, start_at_gradient
+
+    def loss() -> torch.Tensor:
+        found: torch.Tensor = model(input_ids=ids, labels=ids).loss
+        return found
+
+    before = loss().item()
+    start_at_gradient(model, lambda: loss().backward(), step=0.1)
+    assert loss().item() < before - 0.01
+    assert certify(model).holds
+
+
 def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -10,7 +10,13 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from conftest import TwoLayers, tiny_gpt2, tiny_llama, tokens
+from conftest import (
+    TwoLayers,
+    assert_loss_falls_from_a_gradient_start,
+    tiny_gpt2,
+    tiny_llama,
+    tokens,
+)
 from nblora import NBLoraConfig, certify, start_at_gradient
 from nblora.bounds import parse_norm
 from nblora.lowrank import LowRank
@@ -86,16 +92,7 @@ def test_loss_of_a_language_model_falls_at_once(build: Callable[[], nn.Module]) 
     torch.manual_seed(3)
     targets = "all-linear" if build is tiny_llama else ["c_attn", "c_proj", "c_fc"]
     model: Any = get_peft_model(build(), NBLoraConfig(r=4, target_modules=targets))
-    ids = tokens(4)
-
-    def loss() -> Tensor:
-        found: Tensor = model(input_ids=ids, labels=ids).loss
-        return found
-
-    before = loss().item()
-    start_at_gradient(model, lambda: loss().backward(), step=0.1)
-    assert loss().item() < before - 0.01
-    assert certify(model).holds
+    assert_loss_falls_from_a_gradient_start(model, tokens(4))
 
 
 class Kinds(nn.Module):

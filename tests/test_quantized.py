@@ -22,7 +22,8 @@ from transformers import (
     TorchAoConfig,
 )
 
-from nblora import NBLoraConfig, certify, export_lora, start_at_gradient
+from conftest import assert_loss_falls_from_a_gradient_start
+from nblora import NBLoraConfig, certify, export_lora
 from nblora.spectral import spectral_norm
 from nblora.tuner import NBLoraLayer, nblora_layers
 
@@ -168,16 +169,7 @@ def train(model: nn.Module, steps: int = 8) -> list[float]:
 def test_starts_along_the_gradient(kind: str, device: str, folder: Path) -> None:
     """Nobody ever sees the gradient of a quantized weight; the loss falls all the same."""
     model: Any = get_peft_model(quantized(kind, folder, device), NBLoraConfig(r=4, target_modules=LAYERS))
-    ids = BATCH.to(device)
-
-    def loss() -> Tensor:
-        found: Tensor = model(input_ids=ids, labels=ids).loss
-        return found
-
-    before = loss().item()
-    start_at_gradient(model, lambda: loss().backward(), step=0.1)
-    assert loss().item() < before - 0.01
-    assert certify(model).holds
+    assert_loss_falls_from_a_gradient_start(model, BATCH.to(device))
 
 
 @pytest.mark.parametrize(("kind", "device"), cases())

@@ -66,6 +66,14 @@ class Study:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))
         return [(pixels[rows], labels[rows]) for rows in order.tensor_split(self.clients)]
 
+    def train(
+        self, model: nn.Module, data: list[Data], setting: Setting, context: Context, index: int
+    ) -> None:
+        """What the client of a context does in a round."""
+        client = int(context.node_config["partition-id"])
+        seed = 1000 * self.seed + 10 * client + index
+        train(model, data[client], epochs=EPOCHS, learning_rate=setting.learning_rate, seed=seed)
+
     def nodes(self) -> list[dict[str, int]]:
         return [{"partition-id": index} for index in range(self.clients)]
 
@@ -94,14 +102,7 @@ def ours(base: nn.Module, study: Study, setting: Setting) -> float:
     )
 
     def fit(model: nn.Module, context: Context, index: int) -> None:
-        client = int(context.node_config["partition-id"])
-        train(
-            model,
-            data[client],
-            epochs=EPOCHS,
-            learning_rate=setting.learning_rate,
-            seed=1000 * study.seed + 10 * client + index,
-        )
+        study.train(model, data, setting, context, index)
 
     app = client_app(
         lambda _: copy_of(base), fit, rank=lambda c: RANKS[int(c.node_config["partition-id"]) % len(RANKS)]
@@ -132,15 +133,8 @@ def flowers(base: nn.Module, study: Study, setting: Setting) -> float:
 
     @app.train()
     def fit(message: Message, context: Context) -> Message:
-        client = int(context.node_config["partition-id"])
         model = loaded(message.content["arrays"])
-        train(
-            model,
-            data[client],
-            epochs=EPOCHS,
-            learning_rate=setting.learning_rate,
-            seed=1000 * study.seed + 10 * client + int(message.content["config"]["server-round"]),
-        )
+        study.train(model, data, setting, context, int(message.content["config"]["server-round"]))
         content = {"arrays": arrays(model), "metrics": MetricRecord({"num-examples": 1})}  # equal weights
         return Message(RecordDict(content), reply_to=message)
 

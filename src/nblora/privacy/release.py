@@ -220,7 +220,11 @@ def private_mean(
         raise ValueError(
             f"exactly one of epsilon and mu must be given, got epsilon={epsilon!r} and mu={mu!r}"
         )
-    mu = gaussian_mu(epsilon=check_epsilon(epsilon), delta=delta) if mu is None else check_mu(mu, zero=False)
+    if mu is None:
+        epsilon = check_epsilon(epsilon)
+        mu = gaussian_mu(epsilon=epsilon, delta=delta)
+    else:
+        mu = check_mu(mu, zero=False)
     probability = check_probability(sampling_probability)
     if probability < 1 and adjacency != "add-remove":
         raise ValueError(f'sampling is accounted for under adjacency="add-remove" only, got {adjacency!r}')
@@ -263,7 +267,7 @@ def private_mean(
             secure=rng is None,
             sampling_probability=probability,
             details={
-                "epsilon": None if epsilon is None else float(epsilon),
+                "epsilon": epsilon,
                 "delta": delta,
                 "n_total": None if n_total is None else int(n_total),
                 "largest_weight": None if weights is None else share,
@@ -299,7 +303,7 @@ def private_mean(
         tau={layer.name: layer.tau for layer in layers},
         sensitivities=sensitivities,
         mu=spent,
-        epsilon=gaussian_epsilon(mu=spent, delta=delta) if epsilon is None else float(epsilon),
+        epsilon=gaussian_epsilon(mu=spent, delta=delta) if epsilon is None else epsilon,
         delta=delta,
         adjacency=adjacency,
         sampling_probability=probability,
