@@ -211,7 +211,10 @@ def _line(row: Row) -> str:
     if row.trainable is not None:
         text += f"  {row.trainable:,} trainable"
     for name, value in (row.more or {}).items():
-        text += f"  {name} {value:.1%}" if name.endswith("_share") else f"  {name} {value:,.6g}"
+        if isinstance(value, str):
+            text += f"  {name}: {value}"
+        else:
+            text += f"  {name} {value:.1%}" if name.endswith("_share") else f"  {name} {value:,.6g}"
     return text
 
 

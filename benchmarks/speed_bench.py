@@ -157,30 +157,28 @@ class Bench:
     def refused(self, kind: str, why: str, unit: str = "s") -> list[Row]:
         return [Row(kind, method, self.cell, unit=unit, reason=why) for method in self.methods]
 
-    def rate(self, tokens: int, flops: Mapping[str, int]) -> Callable[[str, Quartiles], Mapping[str, Any]]:
+    def rate(
+        self, tokens: int, flops: Mapping[str, int | Failure]
+    ) -> Callable[[str, Quartiles], Mapping[str, Any]]:
         """Tokens per second, and the share of the matrix-product ceiling where it was measured."""
 
         def more(name: str, figure: Quartiles) -> Mapping[str, Any]:
             found: dict[str, Any] = {"tokens_per_second": tokens / figure.median}
-            if self.ceilings and name in flops:
-                per_second = flops[name] / figure.median
+            count = flops.get(name)
+            if isinstance(count, Failure):
+                found["no_matmul_share"] = count.reason
+            elif self.ceilings and count is not None:
+                per_second = count / figure.median
                 found["matmul_share"] = per_second / self.ceilings["matmul_flops_per_second"]
             return found
 
         return more
 
-    def flops(self, actions: Mapping[str, Action], missing: dict[str, str]) -> dict[str, int]:
-        """Matrix-product FLOPs of each action; only where ceilings are asked for."""
-        counts: dict[str, int] = {}
+    def flops(self, actions: Mapping[str, Action]) -> dict[str, int | Failure]:
+        """Matrix-product FLOPs of each action, or why torch cannot count; where ceilings are asked for."""
         if self.ceilings is None or self.cell.compile:
-            return counts
-        for name, action in actions.items():
-            count = attempt(functools.partial(_flops, action))
-            if isinstance(count, Failure):
-                missing[name] = count.reason
-            else:
-                counts[name] = count
-        return counts
+            return {}
+        return {name: attempt(functools.partial(_flops, action)) for name, action in actions.items()}
 
 
 def _flops(action: Action) -> int:

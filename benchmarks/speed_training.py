@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -116,9 +116,7 @@ def _train(bench: Bench) -> list[Row]:
         actions[name] = (
             _watched(name, run, recompiled) if bench.cell.compile else Action(run, after=require_finite)
         )
-    flops = bench.flops(actions, missing)
-    actions = {name: action for name, action in actions.items() if name not in missing}
-    rate = bench.rate(bench.cell.tokens * accumulation, flops)
+    rate = bench.rate(bench.cell.tokens * accumulation, bench.flops(actions))
 
     def more(name: str, figure: Quartiles) -> Mapping[str, Any]:
         found: dict[str, Any] = {**rate(name, figure), **compiled.get(name, {})}
@@ -158,9 +156,8 @@ def _forward(bench: Bench) -> list[Row]:
         return Action(run, after=require_finite)
 
     actions = {name: action(model.eval()) for name, model in models.items()}
-    flops = bench.flops(actions, missing)
-    actions = {name: action for name, action in actions.items() if name not in missing}
-    return bench.measured("forward", actions, missing, more=bench.rate(bench.cell.tokens, flops))
+    more = bench.rate(bench.cell.tokens, bench.flops(actions))
+    return bench.measured("forward", actions, missing, more=more)
 
 
 def cayley_part(model: nn.Module) -> Callable[[], object]:
@@ -173,18 +170,47 @@ def cayley_part(model: nn.Module) -> Callable[[], object]:
         updates = [layer._current_update("default") for layer in layers]
         return [factor for update in updates for factor in (update.left, update.right)]
 
-    gradients = [torch.ones_like(factor) for factor in factors()]
+    gradients, parameters = [torch.ones_like(factor) for factor in factors()], trainable(model)
 
     def run() -> None:
-        torch.autograd.backward(factors(), gradients)
-        for parameter in trainable(model):
+        _Use.apply(gradients, *factors()).backward()
+        for parameter in parameters:
             parameter.grad = None
 
     return run
 
 
+class _Use(torch.autograd.Function):
+    """What gives gradients to factors, in place of the layers."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *factors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return factors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.gradients
+
+
+def device_seconds(run: Callable[[], object]) -> float:
+    """How long kernels run on the GPU, without what it waits for them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in found.key_averages()) * 1e-6
+
+
 def _cayley(bench: Bench) -> list[Row]:
-    """The Cayley part of a train step; the ratio is its share of the step."""
+    """The Cayley part of a train step; the ratio is its share of the step.
+
+    On a GPU also how long its kernels run, and their share of the time that the step's kernels do: in a
+    step that keeps the GPU busy, the host has prepared the part before the GPU comes to it.
+    """
     models, missing = bench.built[0], dict(bench.built[1])
     rows = []
     for name in bench.methods:
@@ -199,10 +225,13 @@ def _cayley(bench: Bench) -> list[Row]:
             _step, model, bench.optimizers[name], loss_of, bench.inputs, bench.cell.accumulation
         )
         only = Bench(bench.cell, [name], rounds=bench.rounds, warmup=bench.warmup)
-        actions = {step: Action(run, after=require_finite), name: Action(cayley_part(model))}
-        rows += only.measured(
-            "cayley", actions, {}, reference=step, more=lambda *_: {"layers": bench.cell.adapted}
-        )[:1]
+        part = cayley_part(model)
+        more: dict[str, Any] = {"layers": bench.cell.adapted}
+        if bench.cell.device.startswith("cuda"):
+            more["device_seconds"] = device_seconds(part)
+            more["device_share"] = more["device_seconds"] / device_seconds(run)
+        actions = {step: Action(run, after=require_finite), name: Action(part)}
+        rows += only.measured("cayley", actions, {}, reference=step, more=lambda *_, found=more: found)[:1]
     return rows
 
 

@@ -74,9 +74,7 @@ def _generation(bench: Bench, kind: str) -> list[Row]:
             after=functools.partial(_forget, cache, prompt.shape[1]),
         )
     decode = kind.startswith("decode")
-    flops = {} if decode else bench.flops(actions, missing)
-    actions = {name: action for name, action in actions.items() if name not in missing}
-    rate = bench.rate(1 if decode else prompt.shape[1], flops)
+    rate = bench.rate(1 if decode else prompt.shape[1], {} if decode else bench.flops(actions))
 
     def more(name: str, figure: Quartiles) -> Mapping[str, Any]:
         if not decode or bench.ceilings is None:

@@ -7,9 +7,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from nblora import Certificate
 
 torch.set_num_threads(1)  # tests run in parallel processes
 
@@ -50,6 +55,18 @@ def assert_loss_falls_from_a_gradient_start(model: nn.Module, ids: torch.Tensor)
     start_at_gradient(model, lambda: loss().backward(), step=0.1)
     assert loss().item() < before - 0.01
     assert certify(model).holds
+
+
+def assert_same_certificate(
+    first: Certificate, second: Certificate, *, exactly: bool = False, rel: float = 1e-4
+) -> None:
+    """Equal, or up to what processors round differently."""
+    if exactly:
+        assert first == second
+    assert [layer.name for layer in first.layers] == [layer.name for layer in second.layers]
+    for one, other in zip(first.layers, second.layers):
+        assert one.norm == pytest.approx(other.norm, rel=rel, abs=1e-6)
+        assert one.bound == pytest.approx(other.bound, rel=1e-6)
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -73,6 +73,22 @@ def test_ratios_are_paired_by_round(content: dict[str, Any]) -> None:
             assert row["figure"]["low"] <= row["figure"]["median"] <= row["figure"]["high"]
 
 
+def test_what_cannot_be_counted_costs_the_share_and_not_the_figure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(action: object) -> int:
+        raise AssertionError("shapes are incompatible")
+
+    monkeypatch.setattr(bench, "_flops", refuse)
+    what = ("--what", "train", "forward", "prefill", "--methods", models.REFERENCE, "--ceilings")
+    content = run(tmp_path / "speed.json", *TINY, *what)
+    for kind in ("train", "forward", "prefill"):
+        row = rows_of(content, kind)[models.REFERENCE]
+        assert row["figure"]["median"] > 0
+        assert "shapes are incompatible" in row["more"]["no_matmul_share"]
+        assert "matmul_share" not in row["more"]
+
+
 def test_decode_has_more_rounds_and_the_cayley_part_is_compared_with_its_own_step(
     content: dict[str, Any],
 ) -> None:

@@ -961,7 +961,9 @@ def demo(
 _JOB_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 _Model = Annotated[str | None, typer.Option(help="Base model: a folder or a hub repository.")]
 _Task = Annotated[
-    str | None, typer.Option(help="causal-lm, seq-cls, token-cls, seq2seq or image-cls.", metavar="TASK")
+    # named, since typer 0.27 takes a metavar of the same letters for the name
+    str | None,
+    typer.Option("--task", help="causal-lm, seq-cls, token-cls, seq2seq or image-cls.", metavar="TASK"),
 ]
 _Data = Annotated[
     str | None,

@@ -128,7 +128,7 @@ class _Kept:
     places: Sequence[_Place]
     compared: bool  # with what they were
     batch: _Batch | None  # which computed them, where they have gradients
-    marks: list[_Mark] = field(init=False)
+    marks: Sequence[_Mark]  # of the sources before the factors were computed
     steps: int = field(init=False)
     now: list[memoryview] = field(init=False)
     then: list[bytearray] = field(init=False)
@@ -136,7 +136,7 @@ class _Kept:
     glances: int = 0
 
     def __post_init__(self) -> None:
-        self.marks, self.steps = _marks(self.sources), _steps.count
+        self.steps = _steps.count
         self.now = [_memory(tensor) for tensor in self.sources.tensors] if self.compared else []
         self.then = [bytearray(memory) for memory in self.now]
         self.large = sum(map(len, self.then)) > _SMALL
@@ -376,10 +376,11 @@ class Factors:
         with self._lock:
             members = [member]
             if not slot.alone:
+                kind = _kind(member)
                 members += [
                     other
                     for other in self._others(layer, adapter_name, dtype)
-                    if _kind(other) == _kind(member) and (suspicious or _seems_wrong(other, may_learn))
+                    if _kind(other) == kind and (suspicious or _seems_wrong(other, may_learn))
                 ]
             return _compute(members, dtype, with_graph)[0]
 
@@ -445,9 +446,9 @@ def _compute(members: Sequence[_Member], dtype: torch.dtype, with_graph: bool) -
         flat = batch.compute()
     compared = all(map(_compared, (t for member in members for t in member.sources.tensors)))
     updates = [LowRank(left, right) for left, right in zip(flat[::2], flat[1::2])]
-    for member, update in zip(members, updates):
-        own = batch if with_graph else None
-        member.slot.kept = _Kept(update, member.method, member.sources, member.places, compared, own)
+    own = batch if with_graph else None
+    for member, update, marks in zip(members, updates, batch.marks):
+        member.slot.kept = _Kept(update, member.method, member.sources, member.places, compared, own, marks)
         member.slot.shares |= with_graph
     return updates
 
