@@ -18,6 +18,35 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device_type=device, enabled=False)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _rounds_float32(device: str) -> bool:
+    """Whether products of float32 matrices on a kind of device may be rounded further than float32.
+
+    To TF32 or bfloat16, as `torch.set_float32_matmul_precision`, its relatives and trainers' `tf32` allow.
+    """
+    backend = {"cpu": torch.backends.mkldnn, "xpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(
+        device
+    )
+    if backend is None:
+        return False
+    if hasattr(backend.matmul, "fp32_precision"):
+        return backend.matmul.fp32_precision in ("tf32", "bf16")
+    if device == "cuda":  # torch before 2.9
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    return torch.get_float32_matmul_precision() == "medium"
+
+
+def precise_dtype(tensor: Tensor) -> torch.dtype:
+    """What to compute products of a float32 or float64 tensor in, for float32's precision at least.
+
+    Its own dtype, or float64 where float32 would be rounded further: settings are of the whole process, and
+    not ours to change for a while.
+    """
+    if tensor.dtype == torch.float32 and _rounds_float32(tensor.device.type):
+        return torch.float64
+    return tensor.dtype
+
+
 def plain_operations_only() -> bool:
     """Whether whoever looks into computations now needs PyTorch's own operations, as they are.
 
@@ -74,7 +103,8 @@ class LowRank:
     def dense(self) -> Tensor:
         """(..., m, n), in the precision of the factors, also under autocast."""
         with full_precision(self.left):
-            return self.left @ self.right
+            dtype = precise_dtype(self.left)
+            return (self.left.to(dtype) @ self.right.to(dtype)).to(self.left.dtype)
 
     def apply(self, x: Tensor) -> Tensor:
         """Map x (..., n) to (..., m) through the two thin products, in the dtype of x.
@@ -104,10 +134,11 @@ class LowRank:
         has a lower rank. k here is min(rank, m, n). Source: MATH.md §5.
         """
         with full_precision(self.left):
-            q_left, r_left = torch.linalg.qr(self.left)
-            q_right, r_right = torch.linalg.qr(self.right.mT)
+            dtype, own = precise_dtype(self.left), self.left.dtype
+            q_left, r_left = torch.linalg.qr(self.left.to(dtype))
+            q_right, r_right = torch.linalg.qr(self.right.mT.to(dtype))
             u, sigma, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
-            return ThinSVD(q_left @ u, sigma, q_right @ vh.mT)
+            return ThinSVD((q_left @ u).to(own), sigma.to(own), (q_right @ vh.mT).to(own))
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:

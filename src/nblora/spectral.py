@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from nblora.lowrank import full_precision
+from nblora.lowrank import full_precision, precise_dtype
 
 # Note [An upper limit from a random start]
 #
@@ -137,9 +137,10 @@ def _lanczos(matrix: Tensor, scale: float) -> tuple[float, float]:
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     generator = torch.Generator("cpu").manual_seed(0)
     now = torch.randn(_VECTORS, n, generator=generator, dtype=dtype, device="cpu").to(matrix.device)
-    now = now / _length(now)
+    now = now.to(precise_dtype(now))
     if not _is_precise(matrix, now):
         now = now.double()
+    now = now / _length(now)
     eps = torch.finfo(now.dtype).eps
     weight = _least_weight(n) * (1 - math.sqrt(eps))  # vectors have unit length up to rounding
     before, beta = torch.zeros_like(now), now.new_zeros(())
@@ -171,8 +172,7 @@ def _apply_gram(matrix: Tensor, vectors: Tensor) -> Tensor:
     """vectors (b, n) times WᵀW for W (m, n), in the dtype of the vectors."""
     m, n = matrix.shape
     product = torch.zeros_like(vectors)
-    entries = _CHUNK * torch.get_num_threads() if matrix.device.type == "cpu" else _CHUNK_ELSEWHERE
-    rows = max(16, entries // n)
+    rows = _rows_at_once(matrix)
     as_is = matrix.dtype == vectors.dtype and matrix.stride(-1) == 1
     buffer = None if as_is else vectors.new_empty(min(rows, m), n)
     for chunk in matrix.split(rows):
@@ -182,14 +182,20 @@ def _apply_gram(matrix: Tensor, vectors: Tensor) -> Tensor:
     return product
 
 
+def _rows_at_once(matrix: Tensor) -> int:
+    entries = _CHUNK * torch.get_num_threads() if matrix.device.type == "cpu" else _CHUNK_ELSEWHERE
+    return max(16, entries // matrix.shape[1])
+
+
 def _is_precise(matrix: Tensor, vectors: Tensor) -> bool:
-    """Whether products are as precise as their dtype: users can let devices round float32 further."""
+    """Whether products are as precise as their dtype, for devices with settings of their own."""
     if vectors.dtype == torch.float64:
         return True
-    sample = matrix[:: max(1, len(matrix) // 64)].to(vectors.dtype)
-    product = (vectors @ sample.mT).cpu().double()
-    exact = vectors.cpu().double() @ sample.cpu().double().mT
-    return bool((product - exact).norm() <= 1e-4 * exact.norm())
+    chunk = matrix[: _rows_at_once(matrix)].to(vectors.dtype)  # small ones may be computed otherwise
+    some = slice(None, None, max(1, len(chunk) // 64))
+    product = (vectors @ chunk.mT)[:, some].cpu().double()
+    exact = vectors.cpu().double() @ chunk[some].cpu().double().mT
+    return bool((product - exact).norm() <= 1e-5 * exact.norm())
 
 
 def _least_weight(n: int) -> float:
