@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +24,19 @@ def _rounds_float32(device: str) -> bool:
 
     To TF32 or bfloat16, as `torch.set_float32_matmul_precision`, its relatives and trainers' `tf32` allow.
     """
-    backend = {"cpu": torch.backends.mkldnn, "xpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(
-        device
-    )
-    if backend is None:
+    backends: Any = torch.backends
+    own = {
+        "cpu": [backends.mkldnn.matmul, backends.mkldnn],
+        "xpu": [backends.mkldnn.matmul, backends.mkldnn],
+        "cuda": [backends.cuda.matmul, backends.cudnn],
+    }.get(device)
+    if own is None:
         return False
-    if hasattr(backend.matmul, "fp32_precision"):
-        return backend.matmul.fp32_precision in ("tf32", "bf16")
+    if hasattr(own[0], "fp32_precision"):  # each asks the next one where it has no setting
+        settings = [getattr(backend, "fp32_precision", "none") for backend in (*own, backends)]
+        return next((s for s in settings if s != "none"), "ieee") in ("tf32", "bf16")
     if device == "cuda":  # torch before 2.9
-        return bool(torch.backends.cuda.matmul.allow_tf32)
+        return bool(backends.cuda.matmul.allow_tf32)
     return torch.get_float32_matmul_precision() == "medium"
 
 
