@@ -35,6 +35,7 @@ from privacy_methods import (
     LORA,
     METHODS,
     OURS,
+    OURS_JOINT,
     OURS_STARTED,
     STARTED,
     choose,
@@ -46,7 +47,7 @@ MAIN = "rotated"
 """The task that is measured in full and has the gates."""
 EPSILONS = (1.0, 4.0, 8.0)
 BASE = "base model"
-QUICK = (CEILING, CLIPPED, BALL, LORA, STARTED, OURS, OURS_STARTED)
+QUICK = (CEILING, CLIPPED, BALL, LORA, STARTED, OURS, OURS_STARTED, OURS_JOINT)
 
 
 Plan = tuple[Block, tuple[float, ...], tuple[str, ...]]
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true", help="the two cells with gates, seven methods")
+    parser.add_argument("--quick", action="store_true", help="the two cells with gates, eight methods")
     parser.add_argument("--blocks", nargs="+", choices=list(BLOCKS), metavar="BLOCK", help="; ".join(BLOCKS))
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), metavar="NAME", help="; ".join(METHODS)

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from nblora.bounds import parse_norm
 from nblora.lowrank import LowRank
-from nblora.parametrizations import FreeParameters, bounded_updates, descent_step, pull_back, zero_start
+from nblora.parametrizations import (
+    FreeParameters,
+    Parametrization,
+    bounded_updates,
+    descent_step,
+    pull_back,
+    zero_start,
+)
 from nblora.privacy import PrivateMean, gaussian_mu, private_mean, sensitivity, split_noise
 
 FROBENIUS = parse_norm("frobenius")
@@ -26,7 +33,7 @@ STEPS = (5, 10, 20, 40, 80)
 REHEARSALS = 8
 """Draws of the noise by which settings are compared; the same for all of them, none is used in a result."""
 TRUNCATIONS = (2, 4, 8)
-FIRST_STEP = 0.3
+FIRST_STEP = 0.05
 """Of what starts at the gradient, as a share of the bound; by trials on other seeds."""
 
 
@@ -41,12 +48,19 @@ class Adapter:
     rank: int | None = None
     inside: bool = False
     from_gradient: bool = False
+    parametrization: Parametrization = "radial"  # of NB-LoRA
+
+    @property
+    def rates(self) -> tuple[tuple[str, float], ...]:
+        """Optimizers and learning rates to choose from."""
+        return RATES["NB-LoRA, joint" if self.parametrization == "joint" else self.kind]
 
 
 RATES = {
     "dense": (("sgd", 0.03), ("sgd", 0.1), ("sgd", 0.3), ("adam", 3e-3), ("adam", 1e-2), ("adam", 3e-2)),
-    "LoRA": (("sgd", 0.03), ("sgd", 0.1), ("sgd", 0.3), ("adam", 1e-2), ("adam", 3e-2), ("adam", 1e-1)),
-    "NB-LoRA": (("sgd", 0.1), ("sgd", 1.0), ("adam", 1e-2), ("adam", 3e-2), ("adam", 1e-1)),
+    "LoRA": (("sgd", 0.01), ("sgd", 0.03), ("sgd", 0.1), ("sgd", 0.3), ("adam", 1e-2), ("adam", 3e-2)),
+    "NB-LoRA": (("sgd", 0.03), ("sgd", 0.1), ("sgd", 0.3), ("sgd", 1.0), ("adam", 1e-2), ("adam", 3e-2)),
+    "NB-LoRA, joint": (("sgd", 0.1), ("sgd", 1.0), ("adam", 1e-2), ("adam", 3e-2), ("adam", 1e-1)),
 }
 """Around what trials on other seeds had found."""
 
@@ -117,11 +131,20 @@ def _trainable(
         return [*lefts, *rights], lambda: [LowRank(left, right) for left, right in pairs], _nothing
     limits = [torch.full((count,), radius) for radius in radii]
     inside = (
-        [_descended(gradient, rank, limit) for gradient, limit in zip(_gradients(task), limits)]
+        [
+            _descended(gradient, rank, limit, adapter.parametrization)
+            for gradient, limit in zip(_gradients(task), limits)
+        ]
         if adapter.from_gradient
         else [
             zero_start(
-                m, n, rank, norm=FROBENIUS, parametrization="joint", batch_shape=(count,), generator=generator
+                m,
+                n,
+                rank,
+                norm=FROBENIUS,
+                parametrization=adapter.parametrization,
+                batch_shape=(count,),
+                generator=generator,
             )
             for m, n in shapes
         ]
@@ -129,7 +152,7 @@ def _trainable(
     free = [start.map(Tensor.requires_grad_) for start in inside]
 
     def bounded() -> list[Update]:
-        return [*bounded_updates(free, norm=FROBENIUS, radii=limits, parametrization="joint")]
+        return [*bounded_updates(free, norm=FROBENIUS, radii=limits, parametrization=adapter.parametrization)]
 
     tensors = [tensor for each in free for tensor in (each.out, each.into, each.logits) if tensor is not None]
     return tensors, bounded, _nothing
@@ -154,10 +177,12 @@ def _rows_of(gradient: Tensor, rank: int) -> Tensor:
     return torch.linalg.svd(gradient, full_matrices=False)[2][:, :rank] / math.sqrt(3)
 
 
-def _descended(gradient: Tensor, rank: int, radius: Tensor) -> FreeParameters:
+def _descended(
+    gradient: Tensor, rank: int, radius: Tensor, parametrization: Parametrization
+) -> FreeParameters:
     """What `nblora.start_at_gradient` does, for all clients at once."""
     step = descent_step(LowRank.from_dense(gradient), rank, norm=FROBENIUS, radius=radius, step=FIRST_STEP)
-    return pull_back(step, rank, norm=FROBENIUS, radius=radius, parametrization="joint")
+    return pull_back(step, rank, norm=FROBENIUS, radius=radius, parametrization=parametrization)
 
 
 def _losses(task: Task, updates: list[Update]) -> Tensor:
@@ -268,17 +293,18 @@ class Method:
 
     def settings(self, count: int) -> int:
         """How many it chooses from."""
-        trained = len(RATES[self.adapter.kind]) * len(STEPS)
+        trained = len(self.adapter.rates) * len(STEPS)
         return trained * (len(bounds(count)) * len(self.ranks) if self.private else len(bounds(count)) + 1)
 
 
-CEILING, CLIPPED, LORA, STARTED, OURS, OURS_STARTED, BALL = (
+CEILING, CLIPPED, LORA, STARTED, OURS, OURS_STARTED, OURS_JOINT, BALL = (
     "mean without privacy",
     "full rank, clipped",
     "LoRA r=4, clipped",
     "LoRA r=4, gradient start, clipped",
     "NB-LoRA r=8",
     "NB-LoRA r=8, gradient start",
+    "NB-LoRA r=8, joint",
     "full rank, in the ball",
 )
 _LORA4, _LORA8 = Adapter("LoRA", 4), Adapter("LoRA", 8)
@@ -296,6 +322,7 @@ METHODS = {
     OURS: Method(_NB8),
     OURS_STARTED: Method(Adapter("NB-LoRA", 8, inside=True, from_gradient=True)),
     "NB-LoRA r=8, truncated": Method(_NB8, truncates=True),
+    OURS_JOINT: Method(Adapter("NB-LoRA", 8, inside=True, parametrization="joint")),
 }
 
 
@@ -343,9 +370,7 @@ def choose(
                             consider(name, epsilon, value, replace(setting, rank=rank), updates)
 
     radii = bounds(task.count)
-    for (optimizer, rate), trained_at in product(
-        RATES[adapter.kind], radii if adapter.inside else (math.inf,)
-    ):
+    for (optimizer, rate), trained_at in product(adapter.rates, radii if adapter.inside else (math.inf,)):
         for steps, updates in train(task, adapter, optimizer, rate, trained_at, seed):
             for bound in (trained_at,) if adapter.inside else (*radii, math.inf):
                 judge(updates, Setting(bound, optimizer, rate, steps))

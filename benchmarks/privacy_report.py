@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from privacy_methods import BALL, CLIPPED, LORA, METHODS, OURS, OURS_STARTED, STARTED
+from privacy_methods import BALL, CLIPPED, LORA, METHODS, OURS, OURS_JOINT, OURS_STARTED, STARTED
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def margin(rows: Sequence[Row], block: Block, epsilon: float, of: str, over: str
 
 
 MARGINS = (
-    *((OURS, over) for over in (LORA, STARTED, CLIPPED, BALL)),
+    *((OURS, over) for over in (LORA, STARTED, OURS_JOINT, CLIPPED, BALL)),
     (OURS_STARTED, LORA),
     (OURS_STARTED, STARTED),
 )

@@ -61,7 +61,7 @@ def key(part: str, layer: str = LAYER) -> str:
 # --- what a certificate says ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 @pytest.mark.parametrize("norm", ["spectral", "frobenius", "nuclear", 3.5, "ky-fan-2"])
 @pytest.mark.parametrize("bound_kind", ["relative", "absolute"])
 def test_a_model_and_its_folder_have_the_same_certificate(

@@ -83,7 +83,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
 @pytest.mark.parametrize("kind", BUILDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 def test_a_saved_adapter_loads_bitwise(
     kind: str, dtype: torch.dtype, low_cpu_mem_usage: bool, parametrization: str, tmp_path: Path
 ) -> None:
@@ -414,7 +414,7 @@ def test_a_resumed_trainer_run_ends_where_an_uninterrupted_one_does(
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT's conversion forgets it
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_convert_to_lora_reproduces_the_logits(kind: str, parametrization: str, tmp_path: Path) -> None:
     targets = "all-linear" if kind == "llama" else ["c_attn", "c_fc"]

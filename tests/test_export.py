@@ -30,7 +30,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BUILDERS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 TARGETS = {"llama": "all-linear", "gpt2": ["c_attn", "c_fc", "c_proj"]}
 SMALLER = {"llama": {"q_proj": 2}, "gpt2": {"c_attn": 2}}  # rank patterns
-PARAMETRIZATIONS = ("joint", "svd")
+PARAMETRIZATIONS = ("joint", "svd", "radial")
 
 
 def out(model: nn.Module, x: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from conftest import tiny_llama, tokens
 from nblora import NBLoraConfig, certify
 from nblora.tuner import NBLoraLayer, factors, linear, nblora_layers
 
-PARAMETRIZATIONS = ["joint", "svd"]
+PARAMETRIZATIONS = ["joint", "svd", "radial"]
 
 
 class Mixed(nn.Module):

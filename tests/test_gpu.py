@@ -26,7 +26,7 @@ from nblora import (
 pytestmark = pytest.mark.gpu
 
 NORMS = ["spectral", "frobenius", "nuclear", 3.0, "ky-fan-2"]
-PARAMETRIZATIONS = ["joint", "svd"]
+PARAMETRIZATIONS = ["joint", "svd", "radial"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -63,7 +63,7 @@ def updates(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 def test_update_is_a_step_against_the_top_of_the_gradient(norm: Any, parametrization: str) -> None:
     model = adapted(norm=norm, parametrization=parametrization)
     gradients = true_gradients(model, step_of(model))

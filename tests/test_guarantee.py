@@ -28,7 +28,7 @@ from nblora.tuner import NBLoraLayer, nblora_layers
 
 SHAPES = {"row": (1, 7), "column": (7, 1), "square": (8, 8), "wide": (6, 20)}
 NORMS = ("spectral", "frobenius", "nuclear", 3.5, "ky-fan-2")
-PARAMETRIZATIONS = ("joint", "svd")
+PARAMETRIZATIONS = ("joint", "svd", "radial")
 LEARNING_RATES = (1e-4, 1e-2, 1.0)
 RANK = 40  # more than any layer has
 BOUND = 0.3

@@ -212,7 +212,7 @@ CHANGES = sorted(every_change(plain_inputs(), Path()).keys() - {"other_state", "
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 def test_kept_factors_are_never_stale(change: str, parametrization: str, tmp_path: Path) -> None:
     model, x = three(parametrization=parametrization), plain_inputs()
     before = out(model, x)
@@ -413,7 +413,7 @@ def weighted(model: PeftModel, layer: NBLoraLayer) -> tuple[Tensor, float]:
 
 
 @pytest.mark.parametrize("norm", ["spectral", "frobenius", "nuclear", "ky-fan-2", 3.0])
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 @pytest.mark.parametrize("bound_kind", ["relative", "absolute"])
 def test_a_weighted_sum_is_exact_and_has_the_bound_of_the_triangle(
     norm: str | float, parametrization: str, bound_kind: str

@@ -175,7 +175,7 @@ def spectra(matrices: Tensor) -> np.ndarray:
 
 
 @every_kind
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 def test_an_update_starts_at_zero_and_learns(kind: Kind, parametrization: str) -> None:
     base, x = base_of(kind), kind.inputs()
     model = adapted(kind, parametrization=parametrization, bound=1, bound_kind="absolute")

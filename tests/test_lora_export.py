@@ -61,7 +61,7 @@ assert "nblora" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 def test_peft_alone_reads_every_kind_of_layer(parametrization: str, tmp_path: Path) -> None:
     model = everything(parametrization=parametrization)
     x = torch.arange(11)[None]

@@ -60,14 +60,37 @@ def radii(batch: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.linspace(0.7, 1.9, math.prod(batch), dtype=dtype).reshape(batch)
 
 
+def having_a_ball(parametrization: Parametrization, norm: Norm) -> Norm:
+    """The norm where the parametrization exists for it, else the Frobenius norm, for which all exist."""
+    return Schatten(2.0) if parametrization == "radial" else norm
+
+
+def explicit_bounds(
+    free: FreeParameters,
+    norm: Norm,
+    radius: Tensor,
+    parametrization: Parametrization,
+    temperature: float = 1.0,
+) -> Tensor:
+    """s_j (..., k): learned from logits, or, in the radial parametrization, the radius for every j."""
+    if parametrization == "radial":
+        return radius[..., None].expand(*radius.shape, free.rank)
+    return norm.scales(free.logits, radius, free.rank, temperature)
+
+
 def assert_inside(
-    update: LowRank, free: FreeParameters, norm: Norm, radius: Tensor, temperature: float = 1.0
+    update: LowRank,
+    free: FreeParameters,
+    norm: Norm,
+    radius: Tensor,
+    parametrization: Parametrization,
+    temperature: float = 1.0,
 ) -> None:
     """The promise: sigma_j <= s_[j] for every j, and the norm is at most the radius; measured in float64."""
     assert update.left.isfinite().all()
     assert update.right.isfinite().all()
     sigma = update.singular_values()
-    scales = norm.scales(free.logits, radius.to(free.out), free.rank, temperature)
+    scales = explicit_bounds(free, norm, radius.to(free.out), parametrization, temperature)
     bounds = scales.detach().double().sort(descending=True).values
     measured = 10 * max(update.shape[-2:]) * torch.finfo(torch.float64).eps * bounds[..., :1]
     assert (sigma <= bounds * (1 + slack(update)) + measured).all()
@@ -100,7 +123,8 @@ def test_zero_start(
 @every_parametrization
 def test_zero_start_survives_weight_decay(parametrization: Parametrization) -> None:
     """A layer without gradient, such as an expert that is never routed to, must not wake up by decay."""
-    cases = [(norm, SIZES["thin"]) for norm in NORMS.values()]
+    norms = {having_a_ball(parametrization, norm) for norm in NORMS.values()}
+    cases = [(norm, SIZES["thin"]) for norm in norms]
     cases += [(NORMS["frobenius"], size) for size in SIZES.values()]
     starts = [
         trainable(zero_start(m, n, r, norm=norm, parametrization=parametrization, batch_shape=batch))
@@ -120,22 +144,23 @@ def test_zero_start_survives_weight_decay(parametrization: Parametrization) -> N
             assert not torch.equal(start.into, old.into)  # the decay did act
 
 
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@every_parametrization
 def test_zero_start_sees_random_directions(parametrization: Parametrization) -> None:
     """The input side is a random orthonormal frame, not a fixed one such as [I 0]."""
+    norm = having_a_ball(parametrization, Spectral())
 
     def start(seed: int) -> Tensor:
         free = zero_start(
             6,
             9,
             4,
-            norm=Spectral(),
+            norm=norm,
             parametrization=parametrization,
             dtype=torch.float64,
             generator=torch.Generator().manual_seed(seed),
         )
         radius = torch.tensor(1.0)
-        return bounded_update(free, norm=Spectral(), radius=radius, parametrization=parametrization).right
+        return bounded_update(free, norm=norm, radius=radius, parametrization=parametrization).right
 
     right = start(0)
     assert (right @ right.mT - torch.eye(4)).abs().max() <= 10 * 9 * torch.finfo(torch.float64).eps
@@ -150,12 +175,16 @@ def test_zero_start_sees_random_directions(parametrization: Parametrization) -> 
 def test_random_start(
     parametrization: Parametrization, norm: Norm, m: int, n: int, r: int, batch: tuple[int, ...]
 ) -> None:
-    """Strictly inside and of full rank: every sigma_j / s_j is in [0.1, 0.9)."""
+    """Strictly inside and of full rank: every sigma_j / s_j is in [0.1, 0.9).
+
+    The radial parametrization starts as if its s_j were radius / sqrt(k).
+    """
     free = random_start(m, n, r, norm=norm, parametrization=parametrization, batch_shape=batch)
     radius = radii(batch)
     update = bounded_update(free, norm=norm, radius=radius, parametrization=parametrization)
     assert update.shape == (*batch, m, n)
-    scales = norm.scales(free.logits, radius, free.rank).double()
+    scales = explicit_bounds(free, norm, radius, parametrization).double()
+    scales = scales / math.sqrt(free.rank) if parametrization == "radial" else scales
     sigma, bounds = update.singular_values(), scales.sort(descending=True).values
     assert (sigma <= 0.9 * bounds * (1 + slack(update)) + slack(update) * bounds[..., :1]).all()
     assert (sigma >= 0.1 * bounds * (1 - slack(update)) - slack(update) * bounds[..., :1]).all()
@@ -178,7 +207,8 @@ def test_random_starts_follow_their_generator(parametrization: Parametrization) 
 @every_parametrization
 @pytest.mark.parametrize("start", [zero_start, random_start])
 def test_members_of_a_batch_start_apart(start: Any, parametrization: Parametrization) -> None:
-    free = start(6, 9, 4, norm=Spectral(), parametrization=parametrization, batch_shape=(2, 3))
+    norm = having_a_ball(parametrization, Spectral())
+    free = start(6, 9, 4, norm=norm, parametrization=parametrization, batch_shape=(2, 3))
     assert free.into.shape == (2, 3, 4, 9)
     assert free.out.shape == (2, 3, 4, 6)
     assert not torch.equal(free.into[0, 0], free.into[1, 2])
@@ -190,8 +220,8 @@ def test_members_of_a_batch_start_apart(start: Any, parametrization: Parametriza
 @st.composite
 def free_parameters(draw: st.DrawFn) -> tuple[FreeParameters, Norm, Tensor, Parametrization, float]:
     """Free parameters of every scale: mixed rows, mixed sides, rows from independent to identical."""
-    norm = NORMS[draw(st.sampled_from(sorted(NORMS)))]
     parametrization = draw(st.sampled_from(PARAMETRIZATIONS))
+    norm = having_a_ball(parametrization, NORMS[draw(st.sampled_from(sorted(NORMS)))])
     m, n, r, batch = SIZES[draw(st.sampled_from(sorted(SIZES)))]
     k = effective_rank(r, m, n)
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
@@ -215,7 +245,7 @@ def free_parameters(draw: st.DrawFn) -> tuple[FreeParameters, Norm, Tensor, Para
         out=side(m),
         into=side(n),
         angle=gaussian(k) * 10 ** draw(exponent) if parametrization == "svd" else None,
-        logits=gaussian(k) * 10 ** draw(exponent) if norm.learnable else None,
+        logits=gaussian(k) * 10 ** draw(exponent) if norm.learnable and parametrization != "radial" else None,
     )
     radius = 10 ** draw(st.floats(-3, 3)) * torch.ones(batch, dtype=dtype)
     return (
@@ -236,7 +266,7 @@ def test_updates_never_leave_the_ball(
     update = bounded_update(
         free, norm=norm, radius=radius, parametrization=parametrization, temperature=temperature
     )
-    assert_inside(update, free, norm, radius, temperature)
+    assert_inside(update, free, norm, radius, parametrization, temperature)
 
 
 @every_size
@@ -264,9 +294,10 @@ def test_updates_never_leave_the_ball_where_the_textbook_formula_does(
         return size * (rows + 1e-4 * torch.randn_like(rows) if shape == "nearly parallel rows" else rows)
 
     angle = size * torch.randn(*batch, k, dtype=dtype) if parametrization == "svd" else None
-    free = trainable(FreeParameters(side(m), side(n), angle, size * torch.randn(*batch, k, dtype=dtype)))
+    logits = size * torch.randn(*batch, k, dtype=dtype) if parametrization != "radial" else None
+    free = trainable(FreeParameters(side(m), side(n), angle, logits))
     update = bounded_update(free, norm=norm, radius=radius, parametrization=parametrization)
-    assert_inside(update, free, norm, radius)
+    assert_inside(update, free, norm, radius, parametrization)
     (update.dense() * torch.randn(m, n, dtype=dtype)).sum().backward()
     assert all(tensor.grad is None or tensor.grad.isfinite().all() for tensor in tensors(free))
 
@@ -284,7 +315,7 @@ def test_bound_is_kept_at_any_temperature(
     update = bounded_update(
         free, norm=norm, radius=radius, parametrization=parametrization, temperature=temperature
     )
-    assert_inside(update, free, norm, radius, temperature)
+    assert_inside(update, free, norm, radius, parametrization, temperature)
 
 
 def test_huge_angles_are_no_nan() -> None:
@@ -431,7 +462,7 @@ def test_pull_back_round_trip(
     assert all(tensor.isfinite().all() for tensor in tensors(free))
     again = bounded_update(free, **options)
     assert (again.dense() - update.dense()).abs().max() <= 1e-10
-    assert_inside(again, free, norm, radius)
+    assert_inside(again, free, norm, radius, parametrization)
 
 
 @every_norm
@@ -483,7 +514,7 @@ def test_pull_back_takes_any_number_of_factors(parametrization: Parametrization,
     assert free.rank == 4
     again = bounded_update(free, **options)
     assert (again.dense() - update.dense()).abs().max() <= 1e-10
-    assert_inside(again, free, norm, radius)
+    assert_inside(again, free, norm, radius, parametrization)
 
 
 @every_norm
@@ -534,8 +565,9 @@ def test_pull_back_refuses_what_is_not_finite(
 ) -> None:
     update = update_with_spectrum(6, 9, torch.full((*batch, 2), 0.1))
     update.left[(-1,) * update.left.ndim] = value  # of one member of the batch
+    norm = having_a_ball(parametrization, Spectral())
     with pytest.raises(ValueError, match="the update must be finite, got NaN or infinity"):
-        pull_back(update, 4, norm=Spectral(), radius=radii(batch), parametrization=parametrization)
+        pull_back(update, 4, norm=norm, radius=radii(batch), parametrization=parametrization)
 
 
 @every_parametrization
@@ -544,8 +576,9 @@ def test_pull_back_refuses_a_rank_too_large(parametrization: Parametrization, ba
     spectrum = torch.tensor([0.5, 0.2, 0.05], dtype=torch.float64).expand(*batch, 3)
     update = update_with_spectrum(6, 9, spectrum)
     message = r"must have rank at most 2, got a singular value number 3 of 0\.1 times the largest"
+    norm = having_a_ball(parametrization, Spectral())
     with pytest.raises(ValueError, match=message):
-        pull_back(update, 2, norm=Spectral(), radius=radii(batch), parametrization=parametrization)
+        pull_back(update, 2, norm=norm, radius=radii(batch), parametrization=parametrization)
 
 
 # --- refusals ---
@@ -568,7 +601,7 @@ def test_unknown_parametrizations_are_refused() -> None:
     free = zero_start(6, 9, 4, norm=Spectral(), parametrization="joint")
     update = LowRank(torch.zeros(6, 2), torch.zeros(2, 9))
     other: Any = {"norm": Spectral(), "parametrization": "polar"}
-    message = 'must be "joint" or "svd", got parametrization=\'polar\''
+    message = "must be one of 'joint', 'svd', 'radial', got parametrization='polar'"
     for start in (zero_start, random_start):
         with pytest.raises(ValueError, match=message):
             start(6, 9, 4, **other)
@@ -592,6 +625,8 @@ def test_learnable_bounds_need_logits() -> None:
 
 # --- training ---
 
+TRAINED = ("spectral", "frobenius", "ky-fan-3")
+
 
 def after_training(parametrization: Parametrization, norm: Norm, learning_rate: float) -> FreeParameters:
     """Parameters after 200 steps of AdamW on a regression whose solution is outside the ball."""
@@ -613,18 +648,18 @@ def after_training(parametrization: Parametrization, norm: Norm, learning_rate: 
         assert losses[-1] < 0.8 * losses[0]  # it does learn
     free = free.map(Tensor.detach)
     update = bounded_update(free, norm=norm, radius=radius, parametrization=parametrization)
-    assert_inside(update, free, norm, radius)
+    assert_inside(update, free, norm, radius, parametrization)
     return free
 
 
 @every_parametrization
-@pytest.mark.parametrize("name", ["spectral", "frobenius", "ky-fan-3"])
-def test_healthy_training_has_not_run_away(parametrization: Parametrization, name: str) -> None:
-    free = after_training(parametrization, NORMS[name], 1e-2)
-    assert not has_run_away(free, norm=NORMS[name], parametrization=parametrization)
+@pytest.mark.parametrize("norm", [NORMS[name] for name in TRAINED], ids=TRAINED)
+def test_healthy_training_has_not_run_away(parametrization: Parametrization, norm: Norm) -> None:
+    free = after_training(parametrization, norm, 1e-2)
+    assert not has_run_away(free, norm=norm, parametrization=parametrization)
 
 
-@pytest.mark.parametrize("name", ["spectral", "frobenius", "ky-fan-3"])
+@pytest.mark.parametrize("name", TRAINED)
 def test_absurd_learning_rate_runs_away(name: str) -> None:
     """Safe, but it no longer learns: the update has shrunk to a few percent of its bound."""
     free = after_training("joint", NORMS[name], 10.0)
@@ -659,8 +694,8 @@ def test_each_member_of_a_batch_runs_away_alone(parametrization: Parametrization
     assert has_run_away(halves, norm=norm, parametrization=parametrization).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
-def test_autocast_has_no_effect_on_the_way_back(parametrization: Any) -> None:
+@every_parametrization
+def test_autocast_has_no_effect_on_the_way_back(parametrization: Parametrization) -> None:
     """Neither on the way to an update nor on the way back."""
     options: dict[str, Any] = {"norm": Schatten(2.0), "parametrization": parametrization}
     radius = torch.tensor(0.5)

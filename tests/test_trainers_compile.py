@@ -101,7 +101,7 @@ def test_a_compiled_model_in_eval_mode_follows_its_parameters(norm: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 def test_a_compiled_language_model_trains(parametrization: str) -> None:
     eager = adapted(tiny_llama(), target_modules="all-linear", parametrization=parametrization)
     model = copy.deepcopy(eager)

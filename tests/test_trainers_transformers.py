@@ -190,7 +190,7 @@ def test_gradient_checkpointing_trains_the_same(use_reentrant: bool, tmp_path: P
     ],
     ids=["bf16 autocast", "bf16 model", "bf16 model and autocast", "fp16 model"],
 )
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 def test_half_precision_trains_float32_parameters(
     parametrization: str, dtype: torch.dtype, choices: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -308,7 +308,7 @@ def plus_groups(model: PeftModel) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 def test_lora_plus_does_not_mistake_a_factor_for_lora_b(parametrization: str) -> None:
     groups = plus_groups(adapted(parametrization=parametrization))
     assert {"in", "out"} <= groups["as asked"]
@@ -316,7 +316,7 @@ def test_lora_plus_does_not_mistake_a_factor_for_lora_b(parametrization: str) ->
     assert not groups["embedding"]
 
 
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 def test_lora_plus_leaves_vectors_at_the_learning_rate(parametrization: str) -> None:
     assert not plus_groups(adapted(parametrization=parametrization))["higher"]
 

@@ -37,7 +37,7 @@ MODELS = {
     "gpt2": (tiny_gpt2, tokens, ["c_attn", "c_proj", "c_fc"]),  # Conv1D, weights are (in, out)
 }
 every_model = pytest.mark.parametrize("kind", MODELS)
-every_parametrization = pytest.mark.parametrize("parametrization", ["joint", "svd"])
+every_parametrization = pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -971,7 +971,7 @@ def test_no_parameter_is_a_vector_and_checkpoints_that_had_vectors_load(tmp_path
         assert torch.equal(out(loaded, x), out(model, x))
 
 
-@pytest.mark.parametrize("parametrization", ["joint", "svd"])
+@pytest.mark.parametrize("parametrization", ["joint", "svd", "radial"])
 def test_a_model_on_the_meta_device_has_shapes(parametrization: str) -> None:
     config = NBLoraConfig(r=4, parametrization=parametrization, target_modules=["first", "second"])
     with torch.device("meta"):

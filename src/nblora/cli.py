@@ -161,7 +161,7 @@ def import_(
     norm: _Norm = "frobenius",
     relative: Annotated[bool, typer.Option("--relative/--absolute", help=_RELATIVE_HELP)] = True,
     base: _Base = None,
-    parametrization: Annotated[str, typer.Option(help="joint or svd.")] = "joint",
+    parametrization: Annotated[str, typer.Option(help="joint, svd or radial.")] = "joint",
     component: Annotated[
         str | None, typer.Option(help="Which component of a pipeline, where the file has several.")
     ] = None,

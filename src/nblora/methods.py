@@ -137,14 +137,14 @@ METHODS: dict[str, Method] = {
 }
 """By the name that a user gives; NB-LoRA's variants come on top, see `find_method`."""
 
-NAMES = ("nblora[-gradient][-joint|-svd][-NORM]", *METHODS)
+NAMES = ("nblora[-gradient][-joint|-svd|-radial][-NORM]", *METHODS)
 
 
 def find_method(name: str) -> Method:
     """The method of a name.
 
     NB-LoRA is `nblora`, with its start, its parametrization and its norm where they are not the default's:
-    `nblora-gradient` (see `nblora.start_at_gradient`), `nblora-svd`, `nblora-spectral`,
+    `nblora-gradient` (see `nblora.start_at_gradient`), `nblora-svd`, `nblora-radial`, `nblora-spectral`,
     `nblora-svd-nuclear`, `nblora-ky-fan-4`, `nblora-3` (Schatten-3).
 
     Raises:
@@ -152,7 +152,7 @@ def find_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    match = re.fullmatch(r"nblora(?:-(gradient))?(?:-(joint|svd))?(?:-(.*))?", name)
+    match = re.fullmatch(r"nblora(?:-(gradient))?(?:-(joint|svd|radial))?(?:-(.*))?", name)
     if match is None:
         near = difflib.get_close_matches(name.lower().replace("nb-", "nb"), ["nblora", *METHODS], 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -13,16 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from nblora.bounds import Norm
 from nblora.cayley import inverse_tall_cayley, random_frame, tall_cayleys
-from nblora.lowrank import LowRank, full_precision
+from nblora.lowrank import LowRank, full_precision, precise_dtype
 
-Parametrization = Literal["joint", "svd"]
+Parametrization = Literal["joint", "svd", "radial"]
+PARAMETRIZATIONS: tuple[Parametrization, ...] = get_args(Parametrization)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class FreeParameters:
         out: (..., k, m) output side.
         into: (..., k, n) input side.
         angle: (..., k) in the svd parametrization, in units of 1/sqrt(m) radians, else None.
-        logits: (..., k) where the norm has learnable bounds and k > 1, else None.
+        logits: (..., k) where the norm has learnable bounds and k > 1, else None; None in the radial
+            parametrization.
     """
 
     out: Tensor
@@ -53,6 +55,20 @@ class FreeParameters:
             function(self.into),
             None if self.angle is None else function(self.angle),
             None if self.logits is None else function(self.logits),
+        )
+
+
+def check_parametrization(parametrization: str, norm: Norm) -> None:
+    """Raise ValueError unless there is such a parametrization of the norm's ball."""
+    if parametrization not in PARAMETRIZATIONS:
+        raise ValueError(
+            f"parametrization must be one of {', '.join(map(repr, PARAMETRIZATIONS))}, "
+            f"got parametrization={parametrization!r}"
+        )
+    if parametrization == "radial" and norm.name != "frobenius":
+        raise ValueError(
+            f'parametrization="radial" needs norm="frobenius", whose ball needs no decomposition, '
+            f"got norm={norm.name!r}"
         )
 
 
@@ -80,12 +96,15 @@ def bounded_update(
         free: any real values.
         norm: whose ball the update stays in.
         radius: (...,) of that ball, >= 0.
-        parametrization: "joint" (MATH.md §2) or "svd" (§3).
+        parametrization: "joint" (MATH.md §2), "svd" (§3) or "radial" (Note [Into the ball]).
         temperature: of the learnable bounds, > 0.
 
     Returns:
         left (..., m, k) and right (..., k, n) with sigma_j(left @ right) <= s_[j] and norm <= radius,
         in the parameters' precision.
+
+    Raises:
+        ValueError: by `check_parametrization`.
     """
     batch_shape = free.out.shape[:-2]
     count = batch_shape.numel()
@@ -131,9 +150,13 @@ def _bounded_updates(
     parametrization: Parametrization,
     temperature: float,
 ) -> list[LowRank]:
+    check_parametrization(parametrization, norm)
     rank, sizes = batches[0].rank, [len(free.out) for free in batches]
-    logits = [free.logits for free in batches if free.logits is not None]
     radius = torch.cat(list(radii)).to(batches[0].out)
+    if parametrization == "radial":
+        rows = tall_cayleys([(free.into, free.out / _unit(rank)) for free in batches])
+        return [_into_ball(a, b, own) for (b, a), own in zip(rows, radius.split(sizes))]
+    logits = [free.logits for free in batches if free.logits is not None]
     scales = norm.scales(torch.cat(logits) if logits else None, radius, rank, temperature).split(sizes)
     if parametrization == "joint":
         rows = tall_cayleys([(free.into, free.out) for free in batches])  # B (b, k, n), A (b, k, m)
@@ -147,8 +170,38 @@ def _bounded_updates(
             # Note [The unit of an angle]; clamped, since the sine of an overflow would be NaN
             sine = (free.angle.clamp(-1e30, 1e30) * math.sqrt(u.shape[-1])).sin()
             updates.append(LowRank((u * (s * sine)[..., None]).mT, v))
-        return updates
-    raise _unknown(parametrization)
+    return updates
+
+
+# Note [Into the ball]
+#
+# The joint and the svd parametrization learn a bound s_j for each singular value. What a direction may have
+# is so decided apart from what it wants, by logits that learn slowly, and where one gradient dominates, as
+# that of a client with few samples does, its direction first gets 1/sqrt(k) of the radius and has to wait for
+# more. The radial parametrization has one bound for all: the joint update with s_j = REACH * radius for every
+# j, scaled back by radius / ||update||_F where that is below 1. It too reaches every update of the ball and
+# no other, and scaling keeps singular vectors. The Frobenius norm comes from two (k, k) Gram matrices,
+# ||A^T B||_F^2 = tr(A A^T B B^T); other norms would need a decomposition in every step.
+#
+# REACH > 1, since the sine that the joint parametrization is made of flattens where an s_j is used up: beyond
+# the ball it may. `out` is stored in units of 1 / (REACH sqrt(k)), so that an update leaves zero as fast as
+# in the joint parametrization, whose s_j begin at radius / sqrt(k), and learning rates carry over.
+
+_REACH = 3.0
+
+
+def _unit(rank: int) -> float:
+    return _REACH * math.sqrt(rank)
+
+
+def _into_ball(a: Tensor, b: Tensor, radius: Tensor) -> LowRank:
+    """2 REACH radius (b,) A^T B for A (b, k, m), B (b, k, n), scaled back where its norm is beyond radius."""
+    exact_a, exact_b = (side.to(precise_dtype(side)) for side in (a, b))
+    squared = ((exact_a @ exact_a.mT) * (exact_b @ exact_b.mT)).sum((-2, -1)).to(a)
+    slack = 1 + 2 * a.shape[-2] * torch.finfo(a.dtype).eps
+    # clamped before the root, whose gradient at zero would be NaN
+    share = (squared * ((2 * _REACH) ** 2 * slack)).clamp(min=1).sqrt()
+    return LowRank((a * (2 * _REACH * radius / share)[:, None, None]).mT, b)
 
 
 def zero_start(
@@ -172,7 +225,7 @@ def zero_start(
     k = effective_rank(r, m, n)
     ratio = torch.zeros(*batch_shape, k, dtype=dtype, device=device)
     free = _random(m, n, ratio, norm, parametrization, generator)
-    if parametrization == "joint":
+    if parametrization != "svd":
         free = replace(free, out=torch.zeros_like(free.out))
     return free
 
@@ -189,10 +242,16 @@ def random_start(
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> FreeParameters:
-    """Free parameters of a random update strictly inside the ball: sigma_j / s_j uniform in [0.1, 0.9)."""
+    """Free parameters of a random update strictly inside the ball: sigma_j / s_j uniform in [0.1, 0.9).
+
+    s_j is radius / sqrt(k) in the radial parametrization.
+    """
     k = effective_rank(r, m, n)
     uniform = torch.rand(*batch_shape, k, dtype=dtype, device=device, generator=generator)
-    return _random(m, n, 0.1 + 0.8 * uniform, norm, parametrization, generator)
+    ratio = 0.1 + 0.8 * uniform
+    return _random(
+        m, n, ratio / _unit(k) if parametrization == "radial" else ratio, norm, parametrization, generator
+    )
 
 
 def pull_back(
@@ -235,8 +294,12 @@ def pull_back(
             f"the {norm.name} norm of the update must be at most radius={radius.max().item():.6g}, "
             f"got {value.max().item():.6g}"
         )
-    logits = norm.logits_containing(sigma, radius, temperature)
-    scales = norm.scales(logits, radius, k, temperature)
+    check_parametrization(parametrization, norm)
+    if parametrization == "radial":
+        logits, scales = None, (_REACH * radius)[..., None].expand_as(sigma)
+    else:
+        logits = norm.logits_containing(sigma, radius, temperature)
+        scales = norm.scales(logits, radius, k, temperature)
     ratio = torch.where(scales > 0, sigma / scales, torch.zeros_like(sigma)).clamp(max=1)
     return replace(_from_frames(u, ratio, v, parametrization), logits=logits)
 
@@ -284,13 +347,14 @@ def has_run_away(
 
     Frames that `zero_start`, `random_start` and `pull_back` make, and those of healthy training, have
     rows of norm about 1. Optimizer steps far too large let the rows grow without end; the Cayley
-    transform then barely reacts, and in the joint parametrization the update shrinks to zero. True
-    where the typical row of the larger side is beyond 50 and, in the joint parametrization, the
+    transform then barely reacts, and the update shrinks to zero, except in the svd parametrization. True
+    where the typical row of the larger side is beyond 50 and, except in the svd parametrization, the
     update is below 10 % of its bound. Waits for the device.
     """
     if free.out.dtype != torch.float64:
         free = free.map(Tensor.float)
-    rows = torch.stack([free.out.norm(dim=-1), free.into.norm(dim=-1)])  # (2, ..., k)
+    out = free.out / _unit(free.rank) if parametrization == "radial" else free.out
+    rows = torch.stack([out.norm(dim=-1), free.into.norm(dim=-1)])  # (2, ..., k)
     far = rows.median(-1).values.amax(0) > _FAR
     if parametrization == "svd" or not bool(far.any()):
         return far
@@ -298,7 +362,11 @@ def has_run_away(
     update = bounded_update(
         free, norm=norm, radius=one, parametrization=parametrization, temperature=temperature
     )
-    bounds = norm.scales(free.logits, one, free.rank, temperature)
+    bounds = (
+        one[..., None]
+        if parametrization == "radial"
+        else norm.scales(free.logits, one, free.rank, temperature)
+    )
     # ||left right||_F <= ||left||_F, since ||right||_2 <= 1: no decomposition needed
     shrunk: Tensor = torch.linalg.matrix_norm(update.left) < 0.1 * torch.linalg.vector_norm(bounds, dim=-1)
     return far & shrunk
@@ -325,20 +393,14 @@ def _random(
         )
         for size in (m, n)
     )
+    check_parametrization(parametrization, norm)
     free = _from_frames(u, ratio, v, parametrization)
-    return replace(free, logits=torch.zeros_like(ratio)) if norm.learns(k) else free
+    learns = parametrization != "radial" and norm.learns(k)
+    return replace(free, logits=torch.zeros_like(ratio)) if learns else free
 
 
 def _from_frames(u: Tensor, ratio: Tensor, v: Tensor, parametrization: Parametrization) -> FreeParameters:
     """Free parameters of u diag(s * ratio) v^T for any s; u (..., m, k), v (..., n, k), 0 <= ratio <= 1."""
-    if parametrization == "joint":
-        theta = ratio.asin() / 2  # sin(2 theta) = ratio
-        # flipping the sign of a column of both sides leaves the update as it is
-        stacked = torch.cat([v * theta.cos()[..., None, :], u * theta.sin()[..., None, :]], dim=-2)
-        with full_precision(u):
-            free, _ = inverse_tall_cayley(stacked)
-        n = v.shape[-2]
-        return FreeParameters(out=free[..., n:, :].mT.contiguous(), into=free[..., :n, :].mT.contiguous())
     if parametrization == "svd":
         with full_precision(u):
             (free_u, signs_u), (free_v, signs_v) = inverse_tall_cayley(u), inverse_tall_cayley(v)
@@ -347,7 +409,16 @@ def _from_frames(u: Tensor, ratio: Tensor, v: Tensor, parametrization: Parametri
             into=free_v.mT.contiguous(),
             angle=ratio.asin() * signs_u * signs_v / math.sqrt(u.shape[-2]),
         )
-    raise _unknown(parametrization)
+    theta = ratio.asin() / 2  # sin(2 theta) = ratio
+    # flipping the sign of a column of both sides leaves the update as it is
+    stacked = torch.cat([v * theta.cos()[..., None, :], u * theta.sin()[..., None, :]], dim=-2)
+    with full_precision(u):
+        free, _ = inverse_tall_cayley(stacked)
+    n, k = v.shape[-2:]
+    out = free[..., n:, :].mT
+    if parametrization == "radial":
+        out = out * _unit(k)
+    return FreeParameters(out=out.contiguous(), into=free[..., :n, :].mT.contiguous())
 
 
 def _padded(update: LowRank, k: int) -> LowRank:
@@ -359,7 +430,3 @@ def _padded(update: LowRank, k: int) -> LowRank:
         torch.nn.functional.pad(update.left, (0, missing)),
         torch.nn.functional.pad(update.right, (0, 0, 0, missing)),
     )
-
-
-def _unknown(parametrization: str) -> ValueError:
-    return ValueError(f'parametrization must be "joint" or "svd", got parametrization={parametrization!r}')

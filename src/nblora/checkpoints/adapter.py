@@ -325,7 +325,8 @@ def _checked_parts(config: NBLoraConfig, name: str, part: Mapping[str, Tensor]) 
     needed = {"in", "out", "radius"}
     needed |= {"angle"} if config.parametrization == "svd" else set()
     single = "out" in part and part["out"].ndim > 1 and part["out"].shape[-2] == 1
-    if method.norm.learnable and (not single or "scale" in part):  # older adapters of rank 1 have it too
+    learns = method.norm.learnable and method.parametrization != "radial"
+    if learns and (not single or "scale" in part):  # older adapters of rank 1 have it too
         needed.add("scale")
     if part.keys() != needed:
         raise AdapterError(f"layer {name!r} must have the tensors {sorted(needed)}, got {sorted(part)}")

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from nblora.bounds import Norm, parse_norm
+from nblora.parametrizations import Parametrization, check_parametrization
 
 
 class NBLoraType(str, enum.Enum):
@@ -35,7 +36,9 @@ class NBLoraConfig(PeftConfig):
         bound: The bound, > 0.
         bound_kind: "relative": `bound` times the spectral norm of the layer's base weight, whatever
             `norm` is. "absolute": `bound` itself.
-        parametrization: "joint" (the paper's) or "svd" (singular values are explicit parameters).
+        parametrization: "joint" (the paper's), "svd" (singular values are explicit parameters) or "radial"
+            (for norm="frobenius": one bound for the whole update and none for single singular values, see
+            `Note [Into the ball]` in nblora/parametrizations.py).
         temperature: How reluctantly learnable bounds of single singular values move, > 0. No effect
             on the spectral norm.
         dropout: Probability of dropping an input of the update while training.
@@ -72,7 +75,9 @@ class NBLoraConfig(PeftConfig):
         default="relative",
         metadata={"help": "Whether the bound is times the spectral norm of the layer's base weight."},
     )
-    parametrization: Literal["joint", "svd"] = field(default="joint", metadata={"help": '"joint" or "svd".'})
+    parametrization: Parametrization = field(
+        default="joint", metadata={"help": '"joint", "svd" or, for the Frobenius norm, "radial".'}
+    )
     temperature: float = field(
         default=1.0, metadata={"help": "How reluctantly bounds of single singular values move."}
     )
@@ -133,7 +138,7 @@ class NBLoraConfig(PeftConfig):
         self.norm = _norm(self.norm)
         self.bound = _positive("bound", self.bound)
         _check_choice("bound_kind", self.bound_kind, ("relative", "absolute"))
-        _check_choice("parametrization", self.parametrization, ("joint", "svd"))
+        check_parametrization(self.parametrization, parse_norm(self.norm))
         self.temperature = _positive("temperature", self.temperature)
         if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got dropout={self.dropout!r}")
