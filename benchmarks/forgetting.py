@@ -247,7 +247,7 @@ def methods(task: str) -> dict[str, dict[str, Any]]:
 
 
 def settings(task: str, work: Path, grid: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """The comparison of a task on a grid: "full", "quick", "start", or one of DEFAULTS."""
+    """The comparison of a task on a grid: "full", "quick", "start", "parametrizations" or one of DEFAULTS."""
     folder = str(work / task / "seed-{seed}")
     chosen = methods(task)
     axes: dict[str, Any] = {"learning_rates": RATES, "ranks": [2, 8, 32], "epochs": [1, 5, 20]}
@@ -260,6 +260,8 @@ def settings(task: str, work: Path, grid: str, seeds: Sequence[int]) -> dict[str
     if grid == "start":
         chosen = {"nblora": {}, "nblora-gradient": {}, "lora": {}}
         axes = {"learning_rates": RATES[1:6], "ranks": [8], "epochs": [1, 5]}
+    if grid == "parametrizations":
+        chosen = {"nblora": {}, "nblora-svd": {}, "nblora-radial": {}}
     if grid.startswith("defaults"):
         axes = {"learning_rates": [3e-3, 1e-2, 3e-2], "ranks": [8], "epochs": [5, 20]}
         chosen = {"nblora": {"label": "weight decay 0.1" if grid == "defaults-decay" else "NB-LoRA"}}
@@ -287,7 +289,7 @@ def settings(task: str, work: Path, grid: str, seeds: Sequence[int]) -> dict[str
 
 
 DEFAULTS = ("defaults-bounds", "defaults-temperature", "defaults-decay")
-SEEDS = {"full": (0, 1, 2), "quick": (0, 1), "start": (0, 1, 2)}
+SEEDS = {"full": (0, 1, 2), "quick": (0, 1), "start": (0, 1, 2), "parametrizations": (0, 1, 2)}
 
 
 # --- gates on the quick vision benchmark ---
@@ -448,6 +450,7 @@ def main() -> int:
     grids = parser.add_mutually_exclusive_group()
     grids.add_argument("--quick", action="store_true", help="NB-LoRA against LoRA, with gates")
     grids.add_argument("--start", action="store_true", help="NB-LoRA from random directions and the gradient")
+    grids.add_argument("--parametrizations", action="store_true", help="joint, svd and radial")
     grids.add_argument(
         "--defaults", action="store_true", help="NB-LoRA's bound, temperature and weight decay"
     )
@@ -466,6 +469,8 @@ def main() -> int:
         chosen: tuple[str, ...] = ("full",)
         if options.quick or options.start:
             chosen = ("quick" if options.quick else "start",)
+        elif options.parametrizations:
+            chosen = ("parametrizations",)
         elif options.defaults:
             chosen = DEFAULTS
         for grid in chosen:

@@ -168,7 +168,13 @@ class Stop(TrainerCallback):
 
 @pytest.mark.parametrize(
     ("norm", "parametrization"),
-    [("spectral", "joint"), ("frobenius", "joint"), ("nuclear", "svd"), ("ky-fan-2", "joint")],
+    [
+        ("spectral", "joint"),
+        ("frobenius", "joint"),
+        ("frobenius", "radial"),
+        ("nuclear", "svd"),
+        ("ky-fan-2", "joint"),
+    ],
 )
 def test_every_log_has_what_the_layers_use_at_that_step(
     norm: str, parametrization: str, tmp_path: Path

@@ -28,7 +28,11 @@ BROKEN: list[tuple[str, str, list[Any]]] = [
     ),
     ("bound", "bound must be a number, positive and finite", [0, -0.3, NAN, INF, -INF, True, "0.3", None]),
     ("bound_kind", "bound_kind must be 'relative' or 'absolute'", ["Relative", "", None, True, NAN, 1]),
-    ("parametrization", "parametrization must be 'joint' or 'svd'", ["SVD", "cayley", None, False, NAN]),
+    (
+        "parametrization",
+        "parametrization must be one of 'joint', 'svd', 'radial'",
+        ["SVD", "cayley", None, False, NAN],
+    ),
     ("temperature", "temperature must be a number, positive and finite", [0, -1, NAN, INF, True, "1", None]),
     ("dropout", "dropout must be in [0, 1)", [-0.1, 1, 1.5, NAN, INF, -INF, True, "0.1", None]),
     ("init_weights", "init_weights must be True or False", [0, 1, 1.0, "gaussian", None, NAN]),

@@ -263,7 +263,7 @@ def test_the_bound_holds_through_every_door(
         updates = door(model, tmp_path)
     shares = assert_inside(model, updates, norm, relative_bounds(model), DOORS[door])
     assert min(shares.values()) > 0
-    if lr == 1e-2 and parametrization == "joint":  # nothing would be shown if no update came near its bound
+    if lr == 1e-2 and parametrization != "svd":  # nothing would be shown if no update came near its bound
         assert max(shares.values()) > 0.9
     assert certify(model).holds
 

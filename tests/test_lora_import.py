@@ -25,6 +25,7 @@ METHODS = [
     ("spectral", "joint"),
     ("spectral", "svd"),
     ("frobenius", "joint"),
+    ("frobenius", "radial"),
     ("nuclear", "svd"),
     (3.5, "joint"),
     ("ky-fan-2", "svd"),

@@ -56,6 +56,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     [
         ("frobenius", "joint"),
         ("nuclear", "svd"),
+        ("frobenius", "radial"),
         pytest.param("spectral", "joint", marks=pytest.mark.slow),
         pytest.param("spectral", "svd", marks=pytest.mark.slow),
         pytest.param("ky-fan-2", "joint", marks=pytest.mark.slow),

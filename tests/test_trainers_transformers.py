@@ -235,8 +235,9 @@ class StopAt(TrainerCallback):
         ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_grad_norm": 1e-2}, {}),
         ({"bf16": True, "gradient_checkpointing": True}, {"parametrization": "svd", "norm": "nuclear"}),
         ({"lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.1}, {"norm": "spectral"}),
+        ({"max_grad_norm": 1e-2}, {"parametrization": "radial"}),
     ],
-    ids=["accumulation and clipping", "bf16 and checkpointing", "schedule and decay"],
+    ids=["accumulation and clipping", "bf16 and checkpointing", "schedule and decay", "radial"],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     choices: dict[str, Any], method: dict[str, Any], tmp_path: Path

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from nblora.bounds import Norm
+from nblora.bounds import Norm, Schatten
 from nblora.cayley import inverse_tall_cayley, random_frame, tall_cayleys
 from nblora.lowrank import LowRank, full_precision, precise_dtype
 
@@ -65,7 +65,7 @@ def check_parametrization(parametrization: str, norm: Norm) -> None:
             f"parametrization must be one of {', '.join(map(repr, PARAMETRIZATIONS))}, "
             f"got parametrization={parametrization!r}"
         )
-    if parametrization == "radial" and norm.name != "frobenius":
+    if parametrization == "radial" and norm != Schatten(2.0):
         raise ValueError(
             f'parametrization="radial" needs norm="frobenius", whose ball needs no decomposition, '
             f"got norm={norm.name!r}"
@@ -274,6 +274,7 @@ def pull_back(
         ValueError: if the update is outside the ball (project its spectrum first), not finite, or
             has more than r singular values above rounding.
     """
+    check_parametrization(parametrization, norm)
     m, n = update.shape[-2:]
     k = effective_rank(r, m, n)
     if not bool(update.left.isfinite().all() & update.right.isfinite().all()):
@@ -294,7 +295,6 @@ def pull_back(
             f"the {norm.name} norm of the update must be at most radius={radius.max().item():.6g}, "
             f"got {value.max().item():.6g}"
         )
-    check_parametrization(parametrization, norm)
     if parametrization == "radial":
         logits, scales = None, (_REACH * radius)[..., None].expand_as(sigma)
     else:

@@ -621,7 +621,7 @@ class NBLoraLayer(nn.Module, BaseTunerLayer):
             # the same text for every layer, so that Python shows it once and not once per layer
             warnings.warn(
                 "The free parameters of an NB-LoRA layer have run away: they are so large that its "
-                "update hardly moves any more, and in the joint parametrization shrinks to zero. The "
+                "update hardly moves any more, or (except in the svd parametrization) shrinks to zero. The "
                 "bound holds, but the layer has stopped learning. Use a smaller learning rate.",
                 RunawayWarning,
                 stacklevel=3,
