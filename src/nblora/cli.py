@@ -1113,8 +1113,8 @@ def compare(
         str | None,
         typer.Option(
             help="nblora, lora, rslora, dora, pissa, lora+, delora, oft, hra, full; NB-LoRA's variants as "
-            "nblora-gradient, nblora-svd, nblora-spectral, nblora-svd-nuclear, ...; with commas. "
-            "Default: nblora,lora.",
+            "nblora-gradient, nblora-svd, nblora-radial, nblora-spectral, nblora-svd-nuclear, ...; with "
+            "commas. Default: nblora,lora.",
         ),
     ] = None,
     learning_rates: Annotated[
