@@ -90,23 +90,17 @@ TARGETS = (
         _ratio,
     ),
     Target("decode step, unmerged / LoRA's", ("decode",), _plain, 1.00, _ratio),
-    Target(
-        "Cayley part of a train step, 224 layers, r 16, GPU: alone / step",
-        ("cayley",),
-        lambda c: _plain(c) and not _on_cpu(c) and c.adapted == 224 and c.rank == 16,
-        0.02,
-        _ratio,
-        "{:.1%}",
-        gpu=True,
-    ),
-    Target(
-        "Cayley part of a train step, 224 layers, r 16, GPU: share of the kernels' time",
-        ("cayley",),
-        lambda c: _plain(c) and not _on_cpu(c) and c.adapted == 224 and c.rank == 16,
-        0.02,
-        _device_share,
-        "{:.1%}",
-        gpu=True,
+    *(
+        Target(
+            f"Cayley part of a train step, 224 layers, r 16, GPU: {how}",
+            ("cayley",),
+            lambda c: _plain(c) and not _on_cpu(c) and c.adapted == 224 and c.rank == 16,
+            0.02,
+            value,
+            "{:.1%}",
+            gpu=True,
+        )
+        for how, value in (("alone / step", _ratio), ("share of the kernels' time", _device_share))
     ),
     Target(
         "export + certify, 224 layers, r 16, CPU",
