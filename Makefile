@@ -32,7 +32,7 @@ help:
 	@echo "make bench-completion-quick  matrix completion against its peers, minutes, with the targets"
 	@echo "make bench-completion        every task and method, three seeds, hours; resumable"
 	@echo "make bench-privacy-quick     accuracy of private merging against clipping, minutes, with the gates"
-	@echo "make bench-privacy           the same for every budget, split and method, half an hour; resumable"
+	@echo "make bench-privacy           the same for every budget, split and method, an hour; resumable"
 	@echo "make clean        remove the virtual environment and caches"
 
 setup: $(READY)

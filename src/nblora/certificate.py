@@ -98,7 +98,7 @@ def certify(model_or_adapter_path: nn.Module | PathLike, adapter_name: str = "de
     Args:
         model_or_adapter_path: a model with an NB-LoRA adapter; the folder or hub repository of a saved
             one; or a plain LoRA that `export_lora` wrote, in any layout. A model and its saved adapter
-            give the same certificate.
+            give the same certificate, up to rounding where the model is on another device.
         adapter_name: which adapter of a model.
 
     Raises:
