@@ -19,7 +19,7 @@ from conftest import TwoLayers
 from lora_samples import WEIGHTS, factors, peft_folder
 from nblora import NBLoraConfig, certify, import_lora
 from nblora.bounds import Gauge, KyFan, Norm, Profile, Schatten, Spectral
-from nblora.cayley import random_frame, tall_cayley
+from nblora.cayley import inverse_tall_cayley, random_frame, tall_cayley
 from nblora.cli import app
 from nblora.lowrank import LowRank
 from nblora.parametrizations import (
@@ -490,3 +490,21 @@ def test_an_absurd_learning_rate_runs_away() -> None:
         (update.dense() * gradient).sum().backward()
         optimizer.step()
     assert has_run_away(free.map(Tensor.detach), **RADIAL)
+
+
+@pytest.mark.parametrize("k", [2, 8, 16, 32])
+def test_the_norm_is_measured_where_products_cancel(k: int) -> None:
+    """Where directions are used up (angles 0 and pi / 2) beside one that is not, and frames are rotated."""
+    m, n, radius = 300, 200, torch.tensor(1.0)
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        u, v, turn = (random_frame(size, k, dtype=torch.float64, generator=generator) for size in (m, n, k))
+        angles = torch.where(torch.rand(k, generator=generator) > 0.5, math.pi / 2, 0.0).double()
+        angles[0] = 0.2
+        columns, _ = inverse_tall_cayley(torch.cat([v * angles.cos(), u * angles.sin()]) @ turn)
+        free = FreeParameters(
+            out=(columns[n:].mT * REACH * math.sqrt(k)).float(), into=columns[:n].mT.float()
+        )
+        update = bounded_update(free, radius=radius, **RADIAL)
+        norm = torch.linalg.vector_norm(update.singular_values()).item()
+        assert 1 - 1e-4 <= norm <= 1 + 1e-7

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nblora.bounds import Norm, Schatten
 from nblora.cayley import inverse_tall_cayley, random_frame, tall_cayleys
-from nblora.lowrank import LowRank, full_precision, precise_dtype
+from nblora.lowrank import LowRank, full_precision
 
 Parametrization = Literal["joint", "svd", "radial"]
 PARAMETRIZATIONS: tuple[Parametrization, ...] = get_args(Parametrization)
@@ -196,9 +196,11 @@ def _unit(rank: int) -> float:
 
 def _into_ball(a: Tensor, b: Tensor, radius: Tensor) -> LowRank:
     """2 REACH radius (b,) A^T B for A (b, k, m), B (b, k, n), scaled back where its norm is beyond radius."""
-    exact_a, exact_b = (side.to(precise_dtype(side)) for side in (a, b))
-    squared = ((exact_a @ exact_a.mT) * (exact_b @ exact_b.mT)).sum((-2, -1)).to(a)
-    slack = 1 + 2 * a.shape[-2] * torch.finfo(a.dtype).eps
+    # In float64: the products cancel where directions are used up, and the bound would be missed by 1e-5.
+    exact = torch.float32 if a.device.type == "mps" else torch.float64  # which that device does not have
+    gram_a, gram_b = (side @ side.mT for side in (a.to(exact), b.to(exact)))
+    squared = (gram_a * gram_b).sum((-2, -1)).to(a)
+    slack = 1 + (2 if exact == torch.float64 else 64) * a.shape[-2] * torch.finfo(a.dtype).eps
     # clamped before the root, whose gradient at zero would be NaN
     share = (squared * ((2 * _REACH) ** 2 * slack)).clamp(min=1).sqrt()
     return LowRank((a * (2 * _REACH * radius / share)[:, None, None]).mT, b)
