@@ -58,7 +58,15 @@ class Adapter:
 
 RATES = {
     "dense": (("sgd", 0.03), ("sgd", 0.1), ("sgd", 0.3), ("adam", 3e-3), ("adam", 1e-2), ("adam", 3e-2)),
-    "LoRA": (("sgd", 0.01), ("sgd", 0.03), ("sgd", 0.1), ("sgd", 0.3), ("adam", 1e-2), ("adam", 3e-2)),
+    "LoRA": (
+        ("sgd", 0.01),
+        ("sgd", 0.03),
+        ("sgd", 0.1),
+        ("sgd", 0.3),
+        ("adam", 1e-2),
+        ("adam", 3e-2),
+        ("adam", 1e-1),
+    ),
     "NB-LoRA": (("sgd", 0.03), ("sgd", 0.1), ("sgd", 0.3), ("sgd", 1.0), ("adam", 1e-2), ("adam", 3e-2)),
     "NB-LoRA, joint": (("sgd", 0.1), ("sgd", 1.0), ("adam", 1e-2), ("adam", 3e-2), ("adam", 1e-1)),
 }

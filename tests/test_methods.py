@@ -162,6 +162,7 @@ def test_an_option_beats_what_the_method_says(name: str, options: dict[str, Any]
         ("nblora-0.5", "norm=0.5"),
         ("nblora-nan", "norm=nan"),
         ("nblora-ky-fan-0", "ky-fan-0"),
+        ("nblora-radial-nuclear", 'needs norm="frobenius"'),
     ],
 )
 def test_unknown_names_get_one_line_with_all_names(name: str, clue: str) -> None:

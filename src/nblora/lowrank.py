@@ -23,6 +23,7 @@ def _rounds_float32(device: str) -> bool:
     """Whether products of float32 matrices on a kind of device may be rounded further than float32.
 
     To TF32 or bfloat16, as `torch.set_float32_matmul_precision`, its relatives and trainers' `tf32` allow.
+    What is compiled keeps what was set when it was compiled.
     """
     backends: Any = torch.backends
     own = {

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from nblora.bounds import parse_norm
+from nblora.parametrizations import check_parametrization
 from nblora.settings import SettingsError, check_names
 from nblora.tuner import NBLoraConfig
 
@@ -162,6 +163,11 @@ def find_method(name: str) -> Method:
         fixed["parametrization"] = match[2]
     if match[3] is not None:
         fixed["norm"] = _norm(match[3], name)
+    if match[2]:
+        try:
+            check_parametrization(match[2], parse_norm(fixed.get("norm", "frobenius")))
+        except ValueError as error:
+            raise _unknown(name, error) from error
 
     def make(rank: int, bound: float, options: Mapping[str, Any]) -> PeftConfig:
         return NBLoraConfig(**{"r": rank, "bound": bound, **fixed, **options})
@@ -180,5 +186,9 @@ def _norm(text: str, name: str) -> str | float:
     try:
         parse_norm(norm)
     except ValueError as error:
-        raise SettingsError(f"a method must be one of {', '.join(NAMES)}, got {name!r}: {error}") from error
+        raise _unknown(name, error) from error
     return norm
+
+
+def _unknown(name: str, reason: object) -> SettingsError:
+    return SettingsError(f"a method must be one of {', '.join(NAMES)}, got {name!r}: {reason}")

@@ -100,8 +100,8 @@ def bounded_update(
         temperature: of the learnable bounds, > 0.
 
     Returns:
-        left (..., m, k) and right (..., k, n) with sigma_j(left @ right) <= s_[j] and norm <= radius,
-        in the parameters' precision.
+        left (..., m, k) and right (..., k, n) with sigma_j(left @ right) <= s_[j] (there is no s_j in the
+        radial parametrization) and norm <= radius, in the parameters' precision.
 
     Raises:
         ValueError: by `check_parametrization`.
@@ -334,7 +334,7 @@ def descent_step(gradient: LowRank, r: int, *, norm: Norm, radius: Tensor, step:
 #
 # An optimizer such as Adam moves every entry of a parameter by about the learning rate. In the joint
 # parametrization a row of m entries moves with it, whose norm so changes by sqrt(m) times the learning
-# rate. An angle is one entry; sqrt(m) as its unit lets both parametrizations learn at the same rates
+# rate. An angle is one entry; sqrt(m) as its unit lets svd and joint learn at the same rates
 # (measured on the vision task of benchmarks/forgetting.py at 1e-2: without it svd reached 32 % where joint
 # reached 79 %, with it 78 %).
 

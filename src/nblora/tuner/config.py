@@ -37,10 +37,10 @@ class NBLoraConfig(PeftConfig):
         bound_kind: "relative": `bound` times the spectral norm of the layer's base weight, whatever
             `norm` is. "absolute": `bound` itself.
         parametrization: "joint" (the paper's), "svd" (singular values are explicit parameters) or "radial"
-            (for norm="frobenius": one bound for the whole update and none for single singular values, see
-            `Note [Into the ball]` in nblora/parametrizations.py).
+            (for norm="frobenius": one bound for the whole update and none for single singular values; see
+            docs/choosing-a-bound.md).
         temperature: How reluctantly learnable bounds of single singular values move, > 0. No effect
-            on the spectral norm.
+            on the spectral norm and the radial parametrization, which have none.
         dropout: Probability of dropping an input of the update while training.
         init_weights: True starts at a zero update. False starts at a random one inside the ball.
         rank_pattern: Ranks of single layers, from layer names or regular expressions.
