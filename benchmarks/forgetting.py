@@ -448,12 +448,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     grids = parser.add_mutually_exclusive_group()
-    grids.add_argument("--quick", action="store_true", help="NB-LoRA against LoRA, with gates")
-    grids.add_argument("--start", action="store_true", help="NB-LoRA from random directions and the gradient")
-    grids.add_argument("--parametrizations", action="store_true", help="joint, svd and radial")
-    grids.add_argument(
-        "--defaults", action="store_true", help="NB-LoRA's bound, temperature and weight decay"
-    )
+    for name, chosen, text in (
+        ("quick", ("quick",), "NB-LoRA against LoRA, with gates"),
+        ("start", ("start",), "NB-LoRA from random directions and the gradient"),
+        ("parametrizations", ("parametrizations",), "joint, svd and radial"),
+        ("defaults", DEFAULTS, "NB-LoRA's bound, temperature and weight decay"),
+    ):
+        grids.add_argument(f"--{name}", dest="grids", action="store_const", const=chosen, help=text)
+    parser.set_defaults(grids=("full",))
     parser.add_argument("--task", choices=[*MAKERS], action="append", help="both without it")
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="0 1 2 without it; fewer with --quick, --defaults"
@@ -466,14 +468,7 @@ def main() -> int:
     work = options.work.absolute()
     missed = 0
     for task in options.task or MAKERS:
-        chosen: tuple[str, ...] = ("full",)
-        if options.quick or options.start:
-            chosen = ("quick" if options.quick else "start",)
-        elif options.parametrizations:
-            chosen = ("parametrizations",)
-        elif options.defaults:
-            chosen = DEFAULTS
-        for grid in chosen:
+        for grid in options.grids:
             seeds = options.seeds or (
                 SEEDS.get(grid, (0,)) if (task, grid) != ("language", "quick") else (0,)
             )

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from nblora.bounds import parse_norm
-from nblora.parametrizations import check_parametrization
+from nblora.parametrizations import PARAMETRIZATIONS, check_parametrization
 from nblora.settings import SettingsError, check_names
 from nblora.tuner import NBLoraConfig
 
@@ -138,7 +138,7 @@ METHODS: dict[str, Method] = {
 }
 """By the name that a user gives; NB-LoRA's variants come on top, see `find_method`."""
 
-NAMES = ("nblora[-gradient][-joint|-svd|-radial][-NORM]", *METHODS)
+NAMES = (f"nblora[-gradient][-{'|-'.join(PARAMETRIZATIONS)}][-NORM]", *METHODS)
 
 
 def find_method(name: str) -> Method:
@@ -153,7 +153,7 @@ def find_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    match = re.fullmatch(r"nblora(?:-(gradient))?(?:-(joint|svd|radial))?(?:-(.*))?", name)
+    match = re.fullmatch(rf"nblora(?:-(gradient))?(?:-({'|'.join(PARAMETRIZATIONS)}))?(?:-(.*))?", name)
     if match is None:
         near = difflib.get_close_matches(name.lower().replace("nb-", "nb"), ["nblora", *METHODS], 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -165,7 +165,7 @@ def find_method(name: str) -> Method:
         fixed["norm"] = _norm(match[3], name)
     if match[2]:
         try:
-            check_parametrization(match[2], parse_norm(fixed.get("norm", "frobenius")))
+            check_parametrization(match[2], parse_norm(fixed.get("norm", NBLoraConfig.norm)))
         except ValueError as error:
             raise _unknown(name, error) from error
 

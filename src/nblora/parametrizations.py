@@ -161,15 +161,14 @@ def _bounded_updates(
     if parametrization == "joint":
         rows = tall_cayleys([(free.into, free.out) for free in batches])  # B (b, k, n), A (b, k, m)
         return [LowRank((a * (2 * s)[..., None]).mT, b) for (b, a), s in zip(rows, scales)]
-    if parametrization == "svd":
-        rows = tall_cayleys([(side,) for free in batches for side in (free.out, free.into)])
-        updates = []
-        for free, s, (u,), (v,) in zip(batches, scales, rows[::2], rows[1::2]):
-            if free.angle is None:
-                raise ValueError("the svd parametrization needs angles, got angle=None")
-            # Note [The unit of an angle]; clamped, since the sine of an overflow would be NaN
-            sine = (free.angle.clamp(-1e30, 1e30) * math.sqrt(u.shape[-1])).sin()
-            updates.append(LowRank((u * (s * sine)[..., None]).mT, v))
+    rows = tall_cayleys([(side,) for free in batches for side in (free.out, free.into)])
+    updates = []
+    for free, s, (u,), (v,) in zip(batches, scales, rows[::2], rows[1::2]):
+        if free.angle is None:
+            raise ValueError("the svd parametrization needs angles, got angle=None")
+        # Note [The unit of an angle]; clamped, since the sine of an overflow would be NaN
+        sine = (free.angle.clamp(-1e30, 1e30) * math.sqrt(u.shape[-1])).sin()
+        updates.append(LowRank((u * (s * sine)[..., None]).mT, v))
     return updates
 
 
